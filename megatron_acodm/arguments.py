@@ -1,0 +1,223 @@
+"""The trainer's command line: Megatron-LM's names where it has them, ``--acodm-*`` for ours."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from megatron_acodm.config import POLICIES, AcodmConfig
+
+TOKENIZER_TYPES = (
+    "SentencePieceTokenizer",
+    "HuggingFaceTokenizer",
+    "ByteLevelTokenizer",
+    "NullTokenizer",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; abbreviations of flags are refused, as a typo must not become another flag."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_acodm.train",
+        description="Train a GPT on Megatron-Core with its data mixture decided online.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(parser.add_argument_group("model"))
+    _add_training(parser.add_argument_group("training"))
+    _add_parallel(parser.add_argument_group("parallelism"))
+    _add_data(parser.add_argument_group("data"))
+    _add_output(parser.add_argument_group("output"))
+    _add_acodm(parser.add_argument_group("data mixing"))
+    return parser
+
+
+def _add_model(group: Any) -> None:
+    group.add_argument("--num-layers", type=int, required=True)
+    group.add_argument("--hidden-size", type=int, required=True)
+    group.add_argument("--num-attention-heads", type=int, required=True)
+    group.add_argument("--ffn-hidden-size", type=int, help="default: 4 x hidden size")
+    group.add_argument("--seq-length", type=int, required=True, help="tokens a sequence")
+    group.add_argument("--max-position-embeddings", type=int, help="default: the sequence length")
+    group.add_argument("--position-embedding-type", choices=("learned_absolute", "rope"),
+                       default="learned_absolute")  # fmt: skip
+    group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
+    group.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    group.add_argument("--init-method-std", type=float, default=0.02)
+    group.add_argument("--transformer-impl", choices=("local", "transformer_engine"),
+                       help="default: transformer_engine where installed")  # fmt: skip
+
+
+def _add_training(group: Any) -> None:
+    group.add_argument("--micro-batch-size", type=int, required=True,
+                       help="sequences a micro-batch; a micro-batch is of one domain")  # fmt: skip
+    group.add_argument("--global-batch-size", type=int, required=True, help="sequences a step")
+    group.add_argument("--train-iters", type=int, required=True)
+    group.add_argument("--lr", type=float, default=3e-4)
+    group.add_argument("--min-lr", type=float, default=3e-5)
+    group.add_argument("--lr-decay-style", choices=("constant", "linear", "cosine"),
+                       default="cosine")  # fmt: skip
+    group.add_argument("--lr-warmup-fraction", type=float, default=0.01)
+    group.add_argument("--weight-decay", type=float, default=0.1)
+    group.add_argument("--adam-beta1", type=float, default=0.9)
+    group.add_argument("--adam-beta2", type=float, default=0.95)
+    group.add_argument("--adam-eps", type=float, default=1e-8)
+    group.add_argument("--clip-grad", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=1234)
+    group.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                       help="default: on with CUDA, off without")  # fmt: skip
+    group.add_argument("--recompute-activations", action="store_true",
+                       help="recompute each layer's activations in the backward pass")  # fmt: skip
+
+
+def _add_parallel(group: Any) -> None:
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    group.add_argument("--sequence-parallel", action="store_true")
+    group.add_argument("--use-distributed-optimizer", action="store_true")
+    group.add_argument("--overlap-grad-reduce", action="store_true")
+    group.add_argument("--use-cpu-initialization", action="store_true",
+                       help="initial weights that do not depend on the tensor-parallel size; "
+                       "always so on CPU")  # fmt: skip
+    group.add_argument("--distributed-timeout-minutes", type=float, default=10)
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument("--data-path", nargs="+", required=True,
+                       help="a manifest.json, or dataset prefixes, each optionally after its "
+                       "weight")  # fmt: skip
+    group.add_argument("--valid-data-path", nargs="+",
+                       help="validation files, likewise; default: a share of the training files "
+                       "by --split")  # fmt: skip
+    group.add_argument("--split", default="98,2,0", help="train,validation,test shares of the "
+                       "documents of --data-path, used without --valid-data-path")  # fmt: skip
+    group.add_argument("--data-cache-path", help="where dataset indices are kept; "
+                       "default: beside the run's output")  # fmt: skip
+    group.add_argument("--num-workers", type=int, default=2, help="data-loading processes a rank")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES,
+                       help="default: the manifest's tokenizer")  # fmt: skip
+    group.add_argument("--tokenizer-model", help="the tokenizer's file")
+    group.add_argument("--vocab-size", type=int, help="for NullTokenizer")
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument("--run-dir", required=True, help="metrics, TensorBoard and report go here")
+    group.add_argument("--save", help="checkpoint folder; default: no checkpoints")
+    group.add_argument("--save-interval", type=int, help="steps; default: at the end only")
+    group.add_argument("--load", help="checkpoint folder to resume from, if it holds one")
+    group.add_argument("--eval-interval", type=int, default=100,
+                       help="steps between validations; 0: none")  # fmt: skip
+    group.add_argument("--eval-iters", type=int, default=10,
+                       help="global batches of a domain's validation text, at most")  # fmt: skip
+    group.add_argument("--log-interval", type=int, default=10)
+    group.add_argument("--exit-interval", type=int,
+                       help="save and stop after a step that is a multiple of this")  # fmt: skip
+    group.add_argument("--wandb-project", help="log to Weights & Biases as well")
+
+
+def _add_acodm(group: Any) -> None:
+    group.add_argument("--acodm-config", help="YAML file with mixing, blending and alignment; the "
+                       "flags below override it")  # fmt: skip
+    group.add_argument("--acodm-policy", choices=(*POLICIES, "none"),
+                       help="default: the config's, else acodm; none: Megatron's static "
+                       "blend")  # fmt: skip
+    group.add_argument("--acodm-decision-lag", type=int)
+    group.add_argument("--acodm-depths", type=float, nargs="+",
+                       help="relative depths of the layers whose gradients are compared")  # fmt: skip
+    group.add_argument("--acodm-kind", help="their weight: fc1, fc2, qkv or proj")
+    group.add_argument("--acodm-initial-weights", choices=("natural", "uniform"))
+    group.add_argument("--acodm-min-weight", type=float)
+    group.add_argument("--acodm-max-weight", type=float)
+
+
+def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
+    """The configuration that the YAML file and the flags add up to; None for policy ``none``.
+
+    Raises:
+        ValueError: for a bad value, with its limit and remedy.
+    """
+    if args.acodm_policy == "none":
+        return None
+    config = AcodmConfig.from_yaml(args.acodm_config) if args.acodm_config else AcodmConfig()
+    overrides: dict[str, dict[str, Any]] = {
+        "mixing": {
+            "policy": args.acodm_policy,
+            "initial_weights": args.acodm_initial_weights,
+            "min_weight": args.acodm_min_weight,
+            "max_weight": args.acodm_max_weight,
+        },
+        "blending": {"decision_lag": args.acodm_decision_lag},
+        "alignment": {
+            "kind": args.acodm_kind,
+            "depths": None if args.acodm_depths is None else tuple(args.acodm_depths),
+        },
+    }
+    for section, values in overrides.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        changed = dataclasses.replace(getattr(config, section), **given)
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Fill in dependent defaults and refuse what cannot be trained.
+
+    Raises:
+        ValueError: with the value, the limit and the remedy.
+    """
+    positive = ("num_layers", "hidden_size", "num_attention_heads", "seq_length",
+                "micro_batch_size", "global_batch_size", "train_iters", "log_interval",
+                "tensor_model_parallel_size", "pipeline_model_parallel_size")  # fmt: skip
+    for name in positive:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{_flag(name)} is {getattr(args, name)}; it must be at least 1")
+    for name in ("num_workers", "eval_interval", "eval_iters"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{_flag(name)} is {getattr(args, name)}; it must not be negative")
+    for name in ("save_interval", "exit_interval"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{_flag(name)} is {getattr(args, name)}; it must be at least 1")
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    _check_multiple("hidden_size", args.hidden_size, "num_attention_heads", args.num_attention_heads)
+    _check_multiple("num_attention_heads", args.num_attention_heads,
+                    "tensor_model_parallel_size", tp)  # fmt: skip
+    _check_multiple("num_layers", args.num_layers, "pipeline_model_parallel_size", pp)
+    _check_multiple("global_batch_size", args.global_batch_size,
+                    "micro_batch_size", args.micro_batch_size)  # fmt: skip
+    if args.sequence_parallel and tp == 1:
+        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size above 1")
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min-lr is {args.min_lr}, above --lr {args.lr}; lower it")
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    if args.max_position_embeddings < args.seq_length:
+        raise ValueError(
+            f"--max-position-embeddings is {args.max_position_embeddings}, below --seq-length "
+            f"{args.seq_length}; raise it"
+        )
+
+
+def check_batch(args: argparse.Namespace, world_size: int) -> None:
+    """Refuse a global batch that does not divide over the data-parallel ranks.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    data_size = world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    per_round = args.micro_batch_size * max(1, data_size)
+    if args.global_batch_size % per_round != 0:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
+            f"x data-parallel size = {args.micro_batch_size} x {data_size} = {per_round}; the "
+            f"nearest that fit are {args.global_batch_size // per_round * per_round or per_round} "
+            f"and {(args.global_batch_size // per_round + 1) * per_round}"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_multiple(name: str, value: int, of_name: str, of: int) -> None:
+    if value % of != 0:
+        raise ValueError(f"{_flag(name)} {value} is not a multiple of {_flag(of_name)} {of}")

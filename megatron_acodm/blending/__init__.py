@@ -1,0 +1,7 @@
+"""Which sample next? An append-only ledger of mixing decisions, and the dataset that follows it."""
+
+from megatron_acodm.blending.dataset import OnlineBlendedDataset
+from megatron_acodm.blending.ledger import Ledger
+from megatron_acodm.blending.live import LedgerReader
+
+__all__ = ["Ledger", "LedgerReader", "OnlineBlendedDataset"]

@@ -1,0 +1,254 @@
+"""Configuration: one dataclass a room, validated on construction, readable from one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+POLICIES = ("acodm", "static", "uniform")
+ESTIMATORS = ("exact",)
+PARAMETER_KINDS = ("fc1", "fc2", "qkv", "proj")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_in_range(name: str, value: float, low: float, high: float) -> None:
+    _require(low <= value <= high, f"{name} is {value}; it must lie in [{low:g}, {high:g}]")
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The actor-critic agent of policy ``acodm`` (paper section 3; DDPG)."""
+
+    hidden_size: int = 256
+    """Width of every hidden layer of actor and critic (paper: 1024)."""
+
+    num_layers: int = 2
+    """Hidden layers of actor and of critic (paper: 5)."""
+
+    actor_lr: float = 1e-4
+    """Adam learning rate of the actor."""
+
+    critic_lr: float = 1e-3
+    """Adam learning rate of the critic."""
+
+    gamma: float = 0.95
+    """Discount of the next state's value (paper: 0.95)."""
+
+    tau: float = 0.005
+    """Share of the online networks that the targets take over at each update (paper: 0.001)."""
+
+    replay_capacity: int = 10_000
+    """Transitions kept; the oldest leave first (paper: 10,000)."""
+
+    replay_batch_size: int = 32
+    """Transitions per update (paper: 32)."""
+
+    exploration_std: float = 0.02
+    """Standard deviation of the noise added to the weights while exploring (paper: 0.02)."""
+
+    exploration_fraction: float = 0.02
+    """Share of the run's steps that explore (paper: 833 of 41,667 steps)."""
+
+    reward_smoothing: float = 0.9
+    """xi in reward <- xi * reward + (1 - xi) * alignment, for each domain."""
+
+    updates_per_step: int = 1
+    """Gradient updates of actor and critic per training step."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "replay_capacity",
+            "replay_batch_size",
+            "updates_per_step",
+        ):
+            value = getattr(self, name)
+            _require(value >= 1, f"agent.{name} is {value}; it must be at least 1")
+        for name in ("actor_lr", "critic_lr"):
+            value = getattr(self, name)
+            _require(value > 0, f"agent.{name} is {value}; it must be positive")
+        for name in ("gamma", "tau", "reward_smoothing", "exploration_fraction"):
+            _require_in_range(f"agent.{name}", getattr(self, name), 0.0, 1.0)
+        _require_in_range("agent.exploration_std", self.exploration_std, 0.0, 1.0)
+        _require(
+            self.replay_batch_size <= self.replay_capacity,
+            f"agent.replay_batch_size is {self.replay_batch_size}, more than "
+            f"agent.replay_capacity {self.replay_capacity}; lower the batch or raise the capacity",
+        )
+
+
+@dataclass(frozen=True)
+class MixingConfig:
+    """Which policy sets the mixture, and the rails that it stays within."""
+
+    policy: str = "acodm"
+    """One of POLICIES."""
+
+    weights: dict[str, float] | None = None
+    """Policy ``static``: weight by domain, any positive scale; None means natural weights."""
+
+    initial_weights: str = "natural"
+    """The mixture before the policy has seen anything: ``natural`` (by size) or ``uniform``."""
+
+    min_weight: float | None = None
+    """Lowest share an online policy may give to a domain; None means a tenth of the uniform share."""
+
+    max_weight: float = 1.0
+    """Highest share an online policy may give to a domain."""
+
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """The agent of policy ``acodm``."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.policy in POLICIES,
+            f"mixing.policy is {self.policy!r}; the policies are {', '.join(POLICIES)}",
+        )
+        _require(
+            self.initial_weights in ("natural", "uniform"),
+            f"mixing.initial_weights is {self.initial_weights!r}; use 'natural' or 'uniform'",
+        )
+        _require_in_range("mixing.max_weight", self.max_weight, 0.0, 1.0)
+        if self.min_weight is not None:
+            _require_in_range("mixing.min_weight", self.min_weight, 0.0, self.max_weight)
+        _require(
+            self.weights is None or self.policy == "static",
+            f"mixing.weights is for policy 'static', not {self.policy!r}; remove the weights or "
+            "change the policy",
+        )
+
+
+@dataclass(frozen=True)
+class BlendingConfig:
+    """How decisions become samples."""
+
+    decision_lag: int = 1
+    """Steps between a measurement and the first step that it can influence, beyond the next one.
+
+    0: the stage of step t+1 is decided from step t. 1: the stage of step t+2 is, so that data
+    loading never waits for the agent.
+    """
+
+    stage_timeout_s: float = 600.0
+    """How long a data-loading worker waits for a stage that is not decided yet."""
+
+    def __post_init__(self) -> None:
+        _require_in_range("blending.decision_lag", self.decision_lag, 0, 64)
+        _require(
+            self.stage_timeout_s > 0,
+            f"blending.stage_timeout_s is {self.stage_timeout_s}; it must be positive",
+        )
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Which gradients are compared, and how."""
+
+    estimator: str = "exact"
+    """One of ESTIMATORS."""
+
+    kind: str = "fc2"
+    """Which weight of a selected transformer layer: one of PARAMETER_KINDS (paper: fc2)."""
+
+    depths: tuple[float, ...] = (0.75, 0.875, 1.0)
+    """Relative depths of the selected layers, in (0, 1] (paper: layers 12, 14, 16 of 16)."""
+
+    num_probes: int = 4
+    """Layers, evenly spread over the depth, whose weight norms the state holds."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.estimator in ESTIMATORS,
+            f"alignment.estimator is {self.estimator!r}; the estimators are "
+            f"{', '.join(ESTIMATORS)}",
+        )
+        _require(
+            self.kind in PARAMETER_KINDS,
+            f"alignment.kind is {self.kind!r}; the kinds are {', '.join(PARAMETER_KINDS)}",
+        )
+        _require(len(self.depths) > 0, "alignment.depths is empty; name at least one depth")
+        for depth in self.depths:
+            _require(
+                0.0 < depth <= 1.0,
+                f"alignment.depths holds {depth}; a depth lies in (0, 1], 1 is the last layer",
+            )
+        _require(self.num_probes >= 1, f"alignment.num_probes is {self.num_probes}; at least 1")
+
+
+@dataclass(frozen=True)
+class AcodmConfig:
+    """Everything that megatron-acodm adds to a run."""
+
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    """What mixture next?"""
+
+    blending: BlendingConfig = field(default_factory=BlendingConfig)
+    """Which sample next?"""
+
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """Which way did each domain pull?"""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AcodmConfig:
+        """Build a config from nested dictionaries.
+
+        Raises:
+            ValueError: for an unknown key (the message lists the known ones) or a bad value.
+        """
+        return _build(cls, values, "")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> AcodmConfig:
+        """Read a config from a YAML file with the sections mixing, blending, alignment."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file)
+        except OSError as error:
+            raise ValueError(f"cannot read the config {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        try:
+            return cls.from_dict(values or {})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested plain dictionaries, as ``from_dict`` takes them."""
+        return dataclasses.asdict(self)
+
+
+_SECTIONS = {
+    "mixing": MixingConfig,
+    "blending": BlendingConfig,
+    "alignment": AlignmentConfig,
+    "agent": AgentConfig,
+}
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    _require(isinstance(values, dict), f"{prefix or 'the config'} must be a mapping, not {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        _require(
+            key in fields,
+            f"unknown key {prefix}{key}; the keys here are {', '.join(sorted(fields))}",
+        )
+        if key in _SECTIONS:
+            value = _build(_SECTIONS[key], value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[key] = value
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{prefix or 'config'}: a value has the wrong type: {error}") from error

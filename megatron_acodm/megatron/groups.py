@@ -1,0 +1,123 @@
+"""Process groups: who sums what with whom, and the start-up of a distributed run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_acodm.megatron.shim import install_cpu_shim
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The groups that a step's statistics are reduced over, and this rank's place in them."""
+
+    data: dist.ProcessGroup
+    """Data and context parallel ranks: they hold different parts of the batch."""
+
+    model: dist.ProcessGroup
+    """Tensor and pipeline parallel ranks: they hold different parts of the model."""
+
+    control: dist.ProcessGroup
+    """All ranks, over gloo: K weights a step travel here without touching the device."""
+
+    data_rank: int
+    data_size: int
+
+    owns_loss: bool
+    """Whether this rank contributes the losses of its model replica: one rank of each does."""
+
+    @classmethod
+    def from_parallel_state(cls) -> ParallelGroups:
+        """Take Megatron's initialised groups; collective (creates the control group)."""
+        from megatron.core import parallel_state
+
+        on_gloo = dist.get_backend() == "gloo"
+        return cls(
+            data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            model=parallel_state.get_model_parallel_group(),
+            control=dist.group.WORLD if on_gloo else dist.new_group(backend="gloo"),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            owns_loss=parallel_state.is_pipeline_last_stage()
+            and parallel_state.get_tensor_model_parallel_rank() == 0,
+        )
+
+
+def check_layout() -> None:
+    """Refuse the parallel layouts in which gradients cannot be attributed to domains yet.
+
+    Raises:
+        ValueError: naming the layout.
+    """
+    from megatron.core import parallel_state
+
+    unsupported = {
+        "context parallelism": parallel_state.get_context_parallel_world_size(),
+        "expert parallelism": parallel_state.get_expert_model_parallel_world_size(),
+        "virtual pipeline parallelism": (
+            parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+        ),
+    }
+    for name, size in unsupported.items():
+        if size > 1:
+            raise ValueError(
+                f"{name} of size {size} is not supported with an online policy; set it to 1"
+            )
+
+
+def initialize_distributed(
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    seed: int,
+    timeout_minutes: float,
+) -> torch.device:
+    """Start torch.distributed and Megatron's parallel state under torchrun.
+
+    Returns:
+        The device of this rank.
+
+    Raises:
+        ValueError: when the number of processes does not fit the parallel sizes.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_parallel_size = tensor_model_parallel_size * pipeline_model_parallel_size
+    if world_size % model_parallel_size != 0:
+        raise ValueError(
+            f"{world_size} processes cannot be split into model replicas of "
+            f"{model_parallel_size} (tensor {tensor_model_parallel_size} x pipeline "
+            f"{pipeline_model_parallel_size}); start a multiple of {model_parallel_size} "
+            "with torchrun --nproc-per-node"
+        )
+    install_cpu_shim()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }.items():
+        os.environ.setdefault(name, value)  # a single process needs no torchrun
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+    )
+    # Pipeline stages hold different layers: give each its own stream of initial weights, as
+    # Megatron-LM does; data-parallel replicas share it.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+    return device

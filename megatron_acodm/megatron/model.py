@@ -1,0 +1,184 @@
+"""Builds the trainer's GPT, its DDP wrapper, optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class TrainingModel:
+    """What Megatron's schedules and checkpoints work on."""
+
+    chunks: list[torch.nn.Module]  # wrapped in DDP
+    optimizer: Any
+    scheduler: Any  # learning rate and weight decay
+    config: Any  # TransformerConfig
+
+    def sharded_state(self, iteration: int, *, is_loading: bool) -> dict[str, Any]:
+        """The state that Megatron's distributed checkpointing saves, or its form to load into."""
+        # 0.16.1's distributed optimizer re-shards to another data-parallel size in this format.
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "chained_optim_avoid_prefix": True,
+            "singleton_local_shards": False,
+        }
+        model = self.chunks[0].module.sharded_state_dict(metadata=metadata)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "opt_param_scheduler": self.scheduler.state_dict(),
+            "iteration": iteration,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> int:
+        """Take a loaded state; returns its iteration."""
+        self.chunks[0].module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["opt_param_scheduler"])
+        return int(state["iteration"])
+
+
+def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
+    """Vocabulary padded as Megatron-LM pads it: every tensor-parallel shard a multiple of divisor."""
+    multiple = divisor * tensor_parallel_size
+    return (vocab_size + multiple - 1) // multiple * multiple
+
+
+def build_model(args: Namespace, vocab_size: int) -> TrainingModel:
+    """Build model, optimizer and schedule from the trainer's arguments."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    config = _transformer_config(args)
+    module = _gpt(args, config, vocab_size)
+    if torch.cuda.is_available():
+        module.cuda(torch.cuda.current_device())
+    if args.bf16:
+        from megatron.core.transformer.module import Float16Module
+
+        module = Float16Module(config, module)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # a bad step is skipped or logged, never the end of a run
+    )
+    chunk = DistributedDataParallel(config, ddp_config, module)
+    chunk.broadcast_params()
+    optimizer, scheduler = _optimizer(args, chunk)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    config.no_sync_func = chunk.no_sync
+    return TrainingModel([chunk], optimizer, scheduler, config)
+
+
+def _transformer_config(args: Namespace) -> Any:
+    from megatron.core.transformer import TransformerConfig
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size or 4 * args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=args.init_method_std,
+        # Initial weights drawn on the CPU do not depend on the tensor-parallel size.
+        use_cpu_initialization=args.use_cpu_initialization or not on_gpu,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=args.bf16,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        recompute_granularity="full" if args.recompute_activations else None,
+        recompute_method="uniform" if args.recompute_activations else None,
+        recompute_num_layers=1 if args.recompute_activations else None,
+    )
+
+
+def _gpt(args: Namespace, config: Any, vocab_size: int) -> torch.nn.Module:
+    from megatron.core import parallel_state
+    from megatron.core.enums import ModelType
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+
+    use_te = args.transformer_impl == "transformer_engine"
+    layer_spec = get_gpt_layer_with_transformer_engine_spec if use_te else get_gpt_layer_local_spec
+    module = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(),
+        vocab_size=padded_vocab_size(
+            vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        ),
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+    )
+    module.model_type = ModelType.encoder_or_decoder
+    return module
+
+
+def default_transformer_impl() -> str:
+    """TransformerEngine's layers where they are installed and can run, else Megatron's own."""
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    return "transformer_engine" if has_te and torch.cuda.is_available() else "local"
+
+
+def _optimizer(args: Namespace, chunk: torch.nn.Module) -> tuple[Any, Any]:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=args.lr,
+            min_lr=args.min_lr,
+            weight_decay=args.weight_decay,
+            adam_beta1=args.adam_beta1,
+            adam_beta2=args.adam_beta2,
+            adam_eps=args.adam_eps,
+            clip_grad=args.clip_grad,
+            bf16=args.bf16,
+            params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+            use_distributed_optimizer=args.use_distributed_optimizer,
+        ),
+        [chunk],
+    )
+    # Megatron counts the schedule in samples.
+    steps = args.train_iters * args.global_batch_size
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=int(args.lr_warmup_fraction * steps),
+        lr_decay_steps=steps,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler

@@ -1,0 +1,312 @@
+"""The compact Megatron-Core trainer: the loop between data, schedules, optimizer and mixer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_acodm.arguments import acodm_config
+from megatron_acodm.megatron.checkpoint import load_checkpoint, save_checkpoint
+from megatron_acodm.megatron.data import (
+    ValidationSet,
+    build_training_dataset,
+    build_training_iterator,
+    build_validation_datasets,
+    get_batch,
+)
+from megatron_acodm.megatron.mixer import Mixer, RunShape
+from megatron_acodm.megatron.model import TrainingModel, build_model
+from megatron_acodm.megatron.patches import patch, unpatch
+from megatron_acodm.megatron.sources import DataSources, natural_weights
+from megatron_acodm.metrics import MetricsWriter, RunInfo, domain_metrics, write_run_info
+
+logger = logging.getLogger(__name__)
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Token losses to Megatron's triple: loss sum, token count, report of both."""
+    mask = loss_mask.view(-1)
+    loss = (output.float().view(-1) * mask).sum()
+    tokens = mask.sum()
+    report = {"lm loss": torch.stack([loss.detach(), tokens])}
+    return loss, tokens.int(), report
+
+
+class Trainer:
+    """One training run on this rank, from its arguments to its last checkpoint."""
+
+    def __init__(self, args: Namespace, sources: DataSources) -> None:
+        from megatron.core import parallel_state
+
+        self.args = args
+        self.sources = sources
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.num_microbatches = args.global_batch_size // (args.micro_batch_size * self.data_size)
+        self.mixer = self._patch()
+        weights = sources.weights
+        if self.mixer is None and weights is None:
+            weights = natural_weights(sources.prefixes)
+        tokenizer = sources.tokenizer
+        self.train_data = build_training_dataset(args, tokenizer, sources.prefixes, weights)
+        self.valid_data = build_validation_datasets(
+            args, tokenizer, sources.valid_names, sources.valid_prefixes
+        )
+        self.model: TrainingModel = build_model(args, tokenizer.vocab_size)
+        if self.mixer is not None:
+            self.mixer.attach(self.model.chunks)
+        self.iteration = 0
+        if args.load:
+            self.iteration = load_checkpoint(args.load, self.model, self.mixer)
+        self.seconds: dict[str, float] = {}
+
+    def _patch(self) -> Mixer | None:
+        args = self.args
+        run = RunShape(args.train_iters, args.global_batch_size, args.micro_batch_size, args.seed)
+        names = dict(zip(self.sources.prefixes, self.sources.names, strict=True))
+        return patch(acodm_config(args), run, domain_names=names)
+
+    # The loop ---------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train from the current iteration to the last; collective."""
+        args = self.args
+        _log(
+            f"{'resuming after' if self.iteration else 'starting at'} step {self.iteration} of "
+            f"{args.train_iters}: {len(self.sources.names)} domains, policy "
+            f"{self.mixer.config.mixing.policy if self.mixer else 'none'}, "
+            f"{self.num_microbatches} micro-batches x {self.data_size} data-parallel ranks a step"
+        )
+        writer = self._open_metrics()
+        try:
+            if self.iteration == 0 and args.eval_interval:
+                self._validate(writer)
+            consumed = self.iteration * args.global_batch_size
+            iterator = build_training_iterator(args, self.train_data, consumed)
+            while self.iteration < args.train_iters:
+                self._step(iterator, writer)
+                last = self.iteration == args.train_iters or _due(
+                    args.exit_interval, self.iteration
+                )
+                if args.eval_interval and (last or _due(args.eval_interval, self.iteration)):
+                    self._validate(writer)
+                if args.save and (last or _due(args.save_interval, self.iteration)):
+                    start = time.perf_counter()
+                    folder = save_checkpoint(args.save, self.iteration, self.model, self.mixer)
+                    _log(f"saved {folder} in {time.perf_counter() - start:.1f} s")
+                if last:
+                    break
+        finally:
+            unpatch()
+            if writer is not None:
+                writer.close()
+
+    def _step(self, iterator: Any, writer: MetricsWriter | None) -> None:
+        start = time.perf_counter()
+        self.seconds = {"data_s": 0.0}
+        consumed = self.iteration * self.args.global_batch_size
+        self.iteration += 1
+        if self.mixer is None:
+            loss, grad_norm = self._update(iterator, None)
+        else:
+            domains = self.mixer.micro_batch_domains(consumed).tolist()
+            with self.mixer.step(self.iteration, consumed):
+                _, grad_norm = self._update(iterator, domains)
+            loss = self.mixer.report.statistics.mean_loss
+        step_seconds = time.perf_counter() - start
+        if writer is not None:
+            self._record(writer, loss, grad_norm, step_seconds)
+
+    def _update(self, iterator: Any, domains: list[int] | None) -> tuple[float, float]:
+        model = self.model
+        for chunk in model.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        model.optimizer.zero_grad()
+        start = time.perf_counter()
+        reports = self._forward_backward(iterator, self.num_microbatches, domains, False)
+        self.seconds["forward_backward_s"] = time.perf_counter() - start
+        start = time.perf_counter()
+        succeeded, grad_norm, _ = model.optimizer.step()
+        if succeeded:
+            model.scheduler.step(increment=self.args.global_batch_size)
+        else:
+            _log(f"step {self.iteration}: gradients overflowed; the update was skipped")
+        self.seconds["optimizer_s"] = time.perf_counter() - start
+        loss = self._mean_loss(reports) if domains is None else float("nan")
+        return loss, float(grad_norm or 0.0)
+
+    def _forward_backward(
+        self, iterator: Any, num_microbatches: int, domains: list[int] | None, forward_only: bool
+    ) -> list[dict[str, torch.Tensor]]:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        expected = iter(domains or ())
+
+        def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            start = time.perf_counter()
+            args = self.args
+            batch = get_batch(
+                data_iterator, args.micro_batch_size, args.seq_length, next(expected, None)
+            )
+            self.seconds["data_s"] = (
+                self.seconds.get("data_s", 0.0) + time.perf_counter() - start
+            )
+            tokens = batch.get("tokens")
+            positions = None
+            if tokens is not None:
+                positions = torch.arange(args.seq_length, device=tokens.device).expand_as(tokens)
+            output = model(tokens, positions, None, labels=batch.get("labels"))
+            return output, functools.partial(loss_func, batch.get("loss_mask"))
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterator,
+            model=self.model.chunks,
+            num_microbatches=num_microbatches,
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def _mean_loss(self, reports: list[dict[str, torch.Tensor]]) -> float:
+        sums = self._sum_over_ranks(reports, [0] * len(reports), 1)[0]
+        return float(sums[0] / sums[1])
+
+    def _sum_over_ranks(
+        self, reports: list[dict[str, torch.Tensor]], rows: list[int], num_rows: int
+    ) -> torch.Tensor:
+        """``[num_rows, 2]`` loss sums and tokens, of each row, over all ranks."""
+        from megatron.core import parallel_state
+
+        sums = torch.zeros(num_rows, 2, dtype=torch.float64, device="cuda")
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for row, report in zip(rows, reports, strict=False):
+                sums[row] += report["lm loss"].double()
+        dist.all_reduce(sums)
+        return sums.cpu()
+
+    # Validation -------------------------------------------------------------------------------
+
+    def _validate(self, writer: MetricsWriter | None) -> None:
+        """Mean loss of every domain's validation text, all in one pass; collective."""
+        data: ValidationSet = self.valid_data
+        args = self.args
+        batches = data.micro_batches(
+            args.micro_batch_size,
+            self.data_rank,
+            self.data_size,
+            max_sequences=args.eval_iters * args.global_batch_size,
+        )
+        if not batches:
+            return
+        start = time.perf_counter()
+        for chunk in self.model.chunks:
+            chunk.eval()
+        iterator = data.iterate(batches) if self.train_data is not None else None
+        with torch.no_grad():
+            reports = self._forward_backward(iterator, len(batches), None, True)
+        sums = self._sum_over_ranks(reports, [domain for domain, _ in batches], len(data.names))
+        losses = {
+            name: float(row[0] / row[1])
+            for name, row in zip(data.names, sums, strict=True)
+            if row[1] > 0
+        }
+        mean = sum(losses.values()) / len(losses)
+        _log(
+            f"validation after step {self.iteration}: mean loss over {len(losses)} domains "
+            f"{mean:.4f} ({time.perf_counter() - start:.1f} s)"
+        )
+        if writer is not None:
+            writer.validation(self.iteration, losses)
+
+    # Records ----------------------------------------------------------------------------------
+
+    def _open_metrics(self) -> MetricsWriter | None:
+        if dist.get_rank() != 0:
+            return None
+        args = self.args
+        config = {"arguments": vars(args)}
+        if self.mixer is not None:
+            config["acodm"] = self.mixer.config.to_dict()
+        write_run_info(
+            args.run_dir,
+            RunInfo(
+                domains=self.sources.names,
+                sequence_length=args.seq_length,
+                global_batch_size=args.global_batch_size,
+                train_iters=args.train_iters,
+                policy=self.mixer.config.mixing.policy if self.mixer else "none",
+                config=config,
+            ),
+        )
+        return MetricsWriter(
+            args.run_dir, wandb_project=args.wandb_project, resume_from=self.iteration
+        )
+
+    def _record(
+        self, writer: MetricsWriter, loss: float, grad_norm: float, step_seconds: float
+    ) -> None:
+        args = self.args
+        domains: dict[str, dict[str, Any]] = {}
+        mixing_seconds = 0.0
+        extra: dict[str, Any] = {}
+        if self.mixer is not None:
+            report = self.mixer.report
+            assert self.mixer.measurement is not None
+            mixing_seconds = report.mixing_seconds
+            domains = domain_metrics(
+                self.mixer.domains,
+                report.weights.tolist(),
+                report.samples.tolist(),
+                report.statistics.loss.tolist(),
+                None if report.rewards is None else report.rewards.tolist(),
+            )
+            extra = {
+                "alignment_bytes": self.mixer.measurement.reduced_bytes,
+                "diagnostics": report.diagnostics,
+            }
+        learning_rate = self.model.optimizer.param_groups[0]["lr"]
+        writer.step(
+            self.iteration,
+            consumed_samples=self.iteration * args.global_batch_size,
+            lm_loss=loss,
+            step_time_s=step_seconds,
+            mixing_time_s=mixing_seconds,
+            domains=domains,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            timing=self.seconds,
+            **extra,
+        )
+        if self.iteration % args.log_interval == 0 or self.iteration == 1:
+            tokens = args.global_batch_size * args.seq_length
+            _log(
+                f"step {self.iteration}/{args.train_iters} | loss {loss:.4f} | lr "
+                f"{learning_rate:.2e} | {step_seconds:.2f} s | {tokens / step_seconds:,.0f} "
+                f"tokens/s | mixing {mixing_seconds / step_seconds:.1%}{_heaviest(domains)}"
+            )
+
+
+def _heaviest(domains: dict[str, dict[str, Any]]) -> str:
+    ranked = sorted(domains.items(), key=lambda item: -item[1]["weight"])[:3]
+    named = ", ".join(f"{name} {values['weight']:.3f}" for name, values in ranked)
+    return f" | most: {named}" if named else ""
+
+
+def _due(interval: int | None, iteration: int) -> bool:
+    return bool(interval) and iteration % (interval or 1) == 0
+
+
+def _log(message: str) -> None:
+    if dist.get_rank() == 0:
+        print(message, flush=True)

@@ -1,0 +1,365 @@
+"""The record of a run: writes and reads ``metrics.jsonl`` and ``run.json`` in its directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.json"
+_REPORTED_VERSIONS = ("megatron-acodm", "megatron-core", "torch", "transformer-engine", "numpy")
+
+
+# --- What was run ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What was run, on what, and since when; one ``run.json`` a run directory."""
+
+    domains: list[str]
+    """Domain names, in the order of every per-domain array of the run."""
+
+    sequence_length: int
+    """Tokens per sample."""
+
+    global_batch_size: int
+    """Samples per step."""
+
+    train_iters: int
+    """Steps that the run is meant to take."""
+
+    policy: str
+    """Name of the mixing policy."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """Everything else that was set: model, optimizer, parallel layout, mixing."""
+
+    command: str = field(default_factory=lambda: " ".join(sys.orig_argv))
+    """The command line."""
+
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+    """Version by package, Python included."""
+
+    hardware: str = field(default_factory=lambda: describe_hardware())
+    """The device that rank 0 ran on."""
+
+    started: str = field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
+    """When the run, or its latest resumption, started (ISO 8601, UTC)."""
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of Python and of each package that shapes a run's numbers, where installed."""
+    versions = {"python": platform.python_version()}
+    for package in _REPORTED_VERSIONS:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_hardware() -> str:
+    """The GPU's name and memory, or the machine's processor architecture and core count."""
+    import torch  # here, so that reading a record does not take seconds
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU ({platform.machine()}), {os.cpu_count()} cores"
+
+
+def write_run_info(run_dir: str | Path, info: RunInfo) -> None:
+    """Write ``run.json``, in one piece; an earlier one is replaced."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(dataclasses.asdict(info)), indent=2, ensure_ascii=False, default=str)
+    _replace(Path(run_dir) / RUN_FILE, text + "\n")
+
+
+def read_run_info(run_dir: str | Path) -> RunInfo:
+    """Read ``run.json``.
+
+    Raises:
+        ValueError: if it is missing or was not written by ``write_run_info``.
+    """
+    path = Path(run_dir) / RUN_FILE
+    try:
+        return RunInfo(**json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path}: {error.strerror}; give the directory that the training run "
+            "wrote (--run-dir)"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; restore it or train again") from error
+
+
+# --- What happened ---------------------------------------------------------------------------
+
+
+def domain_metrics(
+    names: Sequence[str],
+    weights: Sequence[float],
+    samples: Sequence[int],
+    losses: Sequence[float],
+    rewards: Sequence[float] | None = None,
+) -> dict[str, dict[str, float | int | None]]:
+    """Arrange K-sized arrays as the ``domains`` entry of a step's line.
+
+    Args:
+        names: [K] domain names.
+        weights: [K] weights that drew the step's batch.
+        samples: [K] sequences of each domain in the batch.
+        losses: [K] mean token loss of each domain; nan where it was not drawn.
+        rewards: [K] smoothed rewards, nan where unknown; None if the policy has none.
+    """
+    columns = (
+        names,
+        weights,
+        samples,
+        losses,
+        rewards if rewards is not None else [None] * len(names),
+    )
+    return {
+        name: {"weight": weight, "samples": int(count), "loss": loss, "reward": reward}
+        for name, weight, count, loss, reward in zip(*columns, strict=True)
+    }
+
+
+class MetricsWriter:
+    """Appends a run's metrics to ``metrics.jsonl`` and mirrors them to TensorBoard.
+
+    One process a run writes. Each line is handed to the system as it is written, so that a killed
+    run loses at most the line it was writing.
+
+    Args:
+        run_dir: directory of the run; made if missing.
+        tensorboard: also write TensorBoard scalars to ``run_dir/tensorboard``.
+        wandb_project: also log to this Weights & Biases project.
+        resume_from: the last iteration that the run keeps: later lines are dropped, a torn last
+            line with them. None or 0 starts over; a file that is there is kept beside it under
+            the name ``metrics.jsonl.previous``.
+
+    Raises:
+        ValueError: if the file to resume is damaged before its last line.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        resume_from: int | None = None,
+    ) -> None:
+        directory = Path(run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / METRICS_FILE
+        kept: list[dict[str, Any]] = []
+        if path.exists() and resume_from:
+            kept = [line for line in _read_lines(path) if line["iteration"] <= resume_from]
+            _replace(path, "".join(_encode(line) for line in kept))
+        elif path.exists():
+            os.replace(path, path.with_name(f"{METRICS_FILE}.previous"))
+        self._last_step = max((x["iteration"] for x in kept if "validation" not in x), default=0)
+        self._last_validation = max((x["iteration"] for x in kept if "validation" in x), default=-1)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        first_step = resume_from + 1 if resume_from else 0
+        self._tensorboard = _open_tensorboard(directory, first_step) if tensorboard else None
+        self._wandb = _open_wandb(directory, wandb_project) if wandb_project else None
+
+    def step(
+        self,
+        iteration: int,
+        *,
+        consumed_samples: int,
+        lm_loss: float,
+        step_time_s: float,
+        mixing_time_s: float,
+        domains: Mapping[str, Mapping[str, Any]],
+        **extra: Any,
+    ) -> None:
+        """Record a training step.
+
+        Args:
+            iteration: the step, counted from 1.
+            consumed_samples: sequences consumed by the run, this step's included.
+            lm_loss: mean token loss of the step.
+            step_time_s: wall-clock seconds of the whole step.
+            mixing_time_s: seconds of it that the step waited for mixing.
+            domains: per-domain values, as ``domain_metrics`` arranges them.
+            **extra: further numbers or nested mappings of numbers, e.g. ``grad_norm``.
+
+        Raises:
+            ValueError: if the step does not come after the last one recorded.
+        """
+        if iteration <= self._last_step:
+            raise ValueError(
+                f"step {iteration} is already recorded (the last one is {self._last_step}); open "
+                "the writer with resume_from set to the iteration that the run resumes from"
+            )
+        self._last_step = iteration
+        values = {
+            "consumed_samples": consumed_samples,
+            "lm_loss": lm_loss,
+            "step_time_s": step_time_s,
+            "mixing_time_s": mixing_time_s,
+            **extra,
+            "domains": {name: dict(entry) for name, entry in domains.items()},
+        }
+        self._write(iteration, values)
+
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
+        """Record the validation loss of each domain after ``iteration`` steps.
+
+        A validation that the file already holds, as after a resume, is not recorded again.
+        """
+        if iteration <= self._last_validation:
+            return
+        self._last_validation = iteration
+        self._write(iteration, {"validation": dict(losses)})
+
+    def close(self) -> None:
+        """Flush and close every output."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write(self, iteration: int, values: dict[str, Any]) -> None:
+        values = _plain(values)
+        self._file.write(_encode({"iteration": iteration, **values}))
+        self._file.flush()
+        scalars = dict(_scalars(values))
+        if self._tensorboard is not None:
+            for tag, value in scalars.items():
+                self._tensorboard.add_scalar(tag, value, iteration)
+            if "validation" in values:
+                self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log({"iteration": iteration, **scalars})
+
+
+def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read ``metrics.jsonl``; a torn last line, as a killed run leaves it, is passed over.
+
+    Returns:
+        The lines of the steps and the lines of the validations, each in order of iteration.
+
+    Raises:
+        ValueError: if the file is missing, or a line other than a torn last one is damaged.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    try:
+        lines = list(_read_lines(path))
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path}: {error.strerror}; give the directory that the training run "
+            "wrote (--run-dir)"
+        ) from error
+    validations = [line for line in lines if "validation" in line]
+    return [line for line in lines if "validation" not in line], validations
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                value = json.loads(line)
+                if not isinstance(value, dict) or not isinstance(value.get("iteration"), int):
+                    raise ValueError("not an object with an iteration")
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(
+                    f"{path}, line {number} is damaged ({error}); remove the line, or restore the "
+                    "file"
+                ) from error
+            yield value
+
+
+def _encode(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Nested values as JSON has them: numbers of numpy or torch unwrapped, nan and inf as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield (tag, number); a domain's values are grouped by quantity, so that a chart compares."""
+    for key, value in values.items():
+        if key == "domains":
+            for domain, entry in value.items():
+                for quantity, number in entry.items():
+                    if number is not None:
+                        yield f"{quantity}/{domain}", number
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}/{name}", x) for name, x in value.items() if _is_number(x))
+        elif _is_number(value):
+            yield f"train/{key}", value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that appears under its name only when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _open_tensorboard(directory: Path, first_step: int) -> Any:
+    """A TensorBoard writer that hides events of an earlier attempt at ``first_step`` and later."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed: scalars go to %s only", METRICS_FILE)
+        return None
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+
+
+def _open_wandb(directory: Path, project: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"wandb_project is {project!r}, but wandb is not installed; install it "
+            "(pip install wandb) or leave the project out"
+        ) from error
+    return wandb.init(project=project, dir=str(directory), name=directory.name)

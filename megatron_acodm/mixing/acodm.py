@@ -1,0 +1,141 @@
+"""Policy ``acodm``: an actor-critic agent that learns the mixture while the model trains."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_acodm.config import MixingConfig
+from megatron_acodm.mixing.agent import DDPGAgent, Losses
+from megatron_acodm.mixing.observation import Observation
+from megatron_acodm.mixing.policy import Policy, Setting
+from megatron_acodm.mixing.replay import ReplayBuffer, Transitions
+from megatron_acodm.mixing.reward import RewardTracker
+from megatron_acodm.mixing.simplex import Bounds, entropy, natural_weights, uniform_weights
+from megatron_acodm.mixing.state import StateEncoder
+
+
+class AcodmPolicy(Policy):
+    """AC-ODM (arXiv 2505.23878) without a proxy: agent and model train together.
+
+    Each step it smooths the alignments into rewards, stores the transition
+    (state before, weights that drew the batch, rewards, state after), updates the agent once the
+    replay can fill a batch, and acts on the new state. Early in the run it explores: normal noise
+    on the weights, then back onto the bounded simplex.
+    """
+
+    name: ClassVar[str] = "acodm"
+    needs_alignment: ClassVar[bool] = True
+
+    def __init__(self, config: MixingConfig, setting: Setting) -> None:
+        """Raises ValueError for fewer than 2 domains with data, or bounds that leave no mixture."""
+        self.setting = setting
+        self.config = config.agent
+        self.bounds, self.initial_weights = _bounds_and_prior(config, setting)
+        num_domains = len(setting.domains)
+        self.encoder = StateEncoder(num_domains, setting.num_probes)
+        self.reward = RewardTracker(num_domains, self.config.reward_smoothing)
+        seeds = np.random.SeedSequence(setting.seed).generate_state(3).tolist()
+        self.replay = ReplayBuffer(
+            self.config.replay_capacity, self.encoder.size, num_domains, seeds[0]
+        )
+        self.agent = DDPGAgent(
+            self.config, self.encoder.size, self.initial_weights, self.bounds, seeds[1]
+        )
+        self._noise = torch.Generator().manual_seed(seeds[2])
+        self._previous: Tensor | None = None
+        self._weights = self.initial_weights
+        self._losses: Losses | None = None
+
+    def decide(self, observation: Observation) -> np.ndarray:
+        """Learn from one step; weights [K] for the next undecided one."""
+        assert observation.alignment is not None  # needs_alignment: the controller sees to it
+        rewards = self.reward.update(observation.alignment, observation.weights)
+        state = self.encoder.observe(observation)
+        if self._previous is not None:
+            drawn_with = torch.from_numpy(observation.weights)
+            self.replay.add(self._previous, drawn_with, rewards, state)
+        self._previous = state
+        if self.replay.size >= self.config.replay_batch_size:
+            for _ in range(self.config.updates_per_step):
+                self._losses = self.agent.update(self._sample())
+        weights = self.agent.act(self.encoder.standardize(state))
+        if observation.progress <= self.config.exploration_fraction:
+            noise = torch.randn(len(weights), generator=self._noise, dtype=torch.float64)
+            weights = weights + self.config.exploration_std * noise.numpy()
+        self._weights = self.bounds.project(weights)
+        return self._weights
+
+    def interrupt(self) -> None:
+        """Forget the last state, so that no transition spans the lost step."""
+        self._previous = None
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[K] moving averages of the alignments; nan for a domain never measured."""
+        return self.reward.rewards
+
+    def diagnostics(self) -> dict[str, float]:
+        """Raw scalar reward, entropy of the weights in nats, replay size, and the last losses."""
+        figures = {
+            "reward": self.reward.scalar,
+            "policy_entropy": entropy(self._weights),
+            "replay_size": float(self.replay.size),
+        }
+        return figures if self._losses is None else figures | self._losses._asdict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Networks, optimizers, replay, moments, random states and what was last seen."""
+        return {
+            "encoder": self.encoder.state_dict(),
+            "reward": self.reward.state_dict(),
+            "replay": self.replay.state_dict(),
+            "agent": self.agent.state_dict(),
+            "noise": self._noise.get_state(),
+            "previous": None if self._previous is None else self._previous.clone(),
+            "weights": torch.from_numpy(self._weights.copy()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue bit for bit; raises ValueError if the saved agent has another shape."""
+        self.encoder.load_state_dict(state["encoder"])
+        self.reward.load_state_dict(state["reward"])
+        self.replay.load_state_dict(state["replay"])
+        self.agent.load_state_dict(state["agent"])
+        self._noise.set_state(state["noise"])
+        self._previous = None if state["previous"] is None else state["previous"].clone()
+        self._weights = state["weights"].numpy().copy()
+
+    def _sample(self) -> Transitions:
+        """A replay batch on the scales of today."""
+        raw = self.replay.sample(self.config.replay_batch_size)
+        return Transitions(
+            self.encoder.standardize(raw.states),
+            raw.weights,
+            self.reward.standardize(raw.rewards),
+            self.encoder.standardize(raw.next_states),
+        )
+
+
+def _bounds_and_prior(config: MixingConfig, setting: Setting) -> tuple[Bounds, np.ndarray]:
+    """The rails, and the mixture [K] to start from: as configured, but a little above the floor.
+
+    A softmax cannot start at its floor and leave it, so the first mixture keeps a fortieth of the
+    way from there to uniform.
+    """
+    active = setting.active
+    count = int(active.sum())
+    if count < 2:
+        raise ValueError(
+            f"policy 'acodm' has {count} domain with data; it mixes at least 2. "
+            "Add domains, or use policy 'static'"
+        )
+    min_weight = 0.1 / count if config.min_weight is None else config.min_weight
+    bounds = Bounds.build(active, min_weight, config.max_weight)
+    above_floor = np.where(active, bounds.floor + (1.0 / count - bounds.floor) / 40.0, 0.0)
+    natural = config.initial_weights == "natural"
+    wanted = natural_weights(setting.sizes) if natural else uniform_weights(active)
+    return bounds, Bounds(above_floor, bounds.ceiling).project(wanted)

@@ -1,0 +1,153 @@
+"""DDPG (Lillicrap et al. 2016) over mixtures, as the paper's section 3 uses it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatron_acodm.config import AgentConfig
+from megatron_acodm.mixing.networks import Actor, Critic
+from megatron_acodm.mixing.replay import Transitions
+from megatron_acodm.mixing.reward import REWARD_CLIP
+from megatron_acodm.mixing.simplex import Bounds
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Learner(Generic[Network]):
+    """A network, the optimizer that trains it, and the target network that follows it."""
+
+    def __init__(self, network: Network, lr: float) -> None:
+        self.network = network
+        self.target = copy.deepcopy(network).requires_grad_(False)
+        self.parameters = list(network.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+        self._target_parameters = list(self.target.parameters())
+
+    def descend(self, loss: Tensor) -> float:
+        """One optimizer step down ``loss``, whose gradient reaches no other network.
+
+        Returns:
+            The loss.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; the network is left as it was.
+        """
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {type(self.network).__name__}'s loss is {value}")
+        gradients = torch.autograd.grad(loss, self.parameters)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        return value
+
+    @torch.no_grad()
+    def follow(self, tau: float) -> None:
+        """Move the target network by the share ``tau`` towards the trained one."""
+        torch._foreach_lerp_(self._target_parameters, self.parameters, tau)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to continue bit for bit."""
+        return {
+            "network": _clone(self.network.state_dict()),
+            "target": _clone(self.target.state_dict()),
+            "optimizer": {
+                name: _clone(self.optimizer.state[parameter])
+                for name, parameter in self.network.named_parameters()
+                if parameter in self.optimizer.state
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``.
+
+        Raises:
+            ValueError: if the saved network has another shape.
+        """
+        try:
+            self.network.load_state_dict(state["network"])
+            self.target.load_state_dict(state["target"])
+        except RuntimeError as error:
+            raise ValueError(
+                "the saved network has another shape; keep agent.hidden_size, agent.num_layers, "
+                f"the domains and alignment.num_probes of the saved run ({error})"
+            ) from error
+        self.optimizer.state.clear()
+        for name, parameter in self.network.named_parameters():
+            if name in state["optimizer"]:
+                self.optimizer.state[parameter] = _clone(state["optimizer"][name])
+
+
+class Losses(NamedTuple):
+    """What one update measured."""
+
+    critic_loss: float
+    """Squared error of Q's parts against their targets, summed over domains."""
+
+    value: float
+    """Mean Q of the actor's mixtures, which the actor ascends."""
+
+
+class DDPGAgent:
+    """An actor that ascends the value that a critic learns from replayed transitions."""
+
+    def __init__(
+        self, config: AgentConfig, state_size: int, prior: np.ndarray, bounds: Bounds, seed: int
+    ) -> None:
+        """``prior`` [K] is the mixture that the actor starts from."""
+        self.config = config
+        shape = (state_size, config.hidden_size, config.num_layers)
+        with torch.random.fork_rng(devices=[]):  # the host's random numbers must not notice
+            torch.manual_seed(seed)
+            self.actor = Learner(Actor(*shape, prior, bounds), config.actor_lr)
+            self.critic = Learner(Critic(*shape, len(prior)), config.critic_lr)
+
+    @torch.no_grad()
+    def act(self, state: Tensor) -> np.ndarray:
+        """The actor's mixture [K] float64 for a standardised ``state`` [S]."""
+        return self.actor.network(state).double().numpy()
+
+    @torch.enable_grad()
+    def update(self, batch: Transitions) -> Losses:
+        """One step of the critic, one of the actor; the targets follow. All standardised."""
+        parts = self.critic.network.parts(batch.states, batch.weights)
+        error = parts - self.critic_target(batch)
+        critic_loss = self.critic.descend(error.square().sum(dim=-1).mean())
+        value = self.critic.network(batch.states, self.actor.network(batch.states)).mean()
+        self.actor.descend(-value)
+        self.critic.follow(self.config.tau)
+        self.actor.follow(self.config.tau)
+        return Losses(critic_loss, value.item())
+
+    @torch.no_grad()
+    def critic_target(self, batch: Transitions) -> Tensor:
+        """a_i r_i + gamma Q'_i(s', mu'(s')) [B, K]; over domains it sums to r + gamma Q'.
+
+        Bounded by what clipped rewards can add up to, so that a critic cannot run away.
+        """
+        gamma = self.config.gamma
+        next_weights = self.actor.target(batch.next_states)
+        next_parts = self.critic.target.parts(batch.next_states, next_weights)
+        target = torch.addcmul(gamma * next_parts, batch.weights, batch.rewards)
+        if gamma < 1.0:
+            target.clamp_(-REWARD_CLIP / (1.0 - gamma), REWARD_CLIP / (1.0 - gamma))
+        return target
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to continue bit for bit."""
+        return {"actor": self.actor.state_dict(), "critic": self.critic.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``; raises ValueError if the networks do not fit."""
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+
+
+def _clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,170 @@
+"""Guard rails around a policy: whatever happens in it, training goes on, and hears about it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_acodm.mixing.observation import Observation
+from megatron_acodm.mixing.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+_MAX_MAGNITUDE = float(np.finfo(np.float32).max)
+"""Measurements beyond float32 count as not finite: the networks work in float32."""
+
+
+class MixingController:
+    """Runs a policy and keeps the last good weights for when it cannot be run.
+
+    - A step with a measurement that is not finite is dropped: the policy does not see it, and no
+      transition spans it.
+    - An exception in the policy, or weights that are no mixture within its bounds, leave the last
+      good weights in force; the next step tries again.
+
+    Both are counted in ``diagnostics`` and logged: the first time (an exception: the first of its
+    kind, with traceback), then at every doubling of the count.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.weights = policy.initial_weights
+        """[K] float64: the last good decision."""
+        self.dropped_steps = 0
+        self.policy_failures = 0
+        self._known_failures: set[str] = set()
+
+    def decide(self, observation: Observation) -> np.ndarray:
+        """Weights [K] float64 for the next undecided stage: a mixture, whatever happens."""
+        fault = self._fault(observation)
+        if fault is not None:
+            self.dropped_steps += 1
+            self.policy.interrupt()
+            if _is_power_of_two(self.dropped_steps):
+                logger.warning(
+                    "step %d is dropped from mixing: %s. The weights stay as they are "
+                    "(%d steps dropped so far)",
+                    observation.iteration,
+                    fault,
+                    self.dropped_steps,
+                )
+            return self.weights.copy()
+        try:
+            self.weights = self._checked(self.policy.decide(observation))
+        except Exception as error:  # the run must survive any fault of the agent
+            self._report_failure(observation.iteration, error)
+            self.policy.interrupt()
+        return self.weights.copy()
+
+    @property
+    def rewards(self) -> np.ndarray | None:
+        """[K] reward of each domain, nan where unknown; None if the policy has none."""
+        return self.policy.rewards
+
+    def diagnostics(self) -> dict[str, float]:
+        """The policy's own figures, and how often a guard rail held."""
+        return self.policy.diagnostics() | {
+            "dropped_steps": float(self.dropped_steps),
+            "policy_failures": float(self.policy_failures),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to continue bit for bit."""
+        return {
+            "policy_name": self.policy.name,
+            "domains": list(self.policy.setting.domains),
+            "weights": torch.from_numpy(self.weights.copy()),
+            "dropped_steps": self.dropped_steps,
+            "policy_failures": self.policy_failures,
+            "policy": self.policy.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``.
+
+        Raises:
+            ValueError: if it is of another policy or other domains, which are spelled out.
+        """
+        try:
+            self._refuse_other_run(state)
+            self.policy.load_state_dict(state["policy"])
+            self.weights = state["weights"].numpy().copy()
+            self.dropped_steps = state["dropped_steps"]
+            self.policy_failures = state["policy_failures"]
+        except KeyError as error:
+            raise ValueError(
+                f"the saved mixing state has no {error}; it was saved by another version"
+            ) from error
+
+    def _fault(self, observation: Observation) -> str | None:
+        """What makes the observation unusable, or None."""
+        domains = self.policy.setting.domains
+        drawn = observation.samples > 0
+        measured = {"loss": observation.loss}
+        if self.policy.needs_alignment:
+            if observation.alignment is None:
+                return "no alignment was measured"
+            measured["alignment"] = observation.alignment
+        for what, values in measured.items():
+            usable = np.abs(values) <= _MAX_MAGNITUDE  # False for nan
+            bad = np.where(drawn, ~usable, ~usable & ~np.isnan(values))
+            if bad.any():
+                return ", ".join(
+                    f"{what} of {domains[i]} is {values[i]}" for i in np.nonzero(bad)[0]
+                )
+        return None
+
+    def _checked(self, weights: np.ndarray) -> np.ndarray:
+        count = len(self.policy.setting.domains)
+        weights = np.asarray(weights, dtype=np.float64)
+        if weights.shape != (count,):
+            raise ValueError(
+                f"the policy's weights have shape {list(weights.shape)}, not [{count}]"
+            )
+        if not self.policy.bounds.contains(weights):  # nor if any is nan
+            raise ValueError(
+                f"the policy's weights {weights.tolist()} are no mixture within its bounds"
+            )
+        return weights
+
+    def _report_failure(self, iteration: int, error: Exception) -> None:
+        self.policy_failures += 1
+        new = type(error).__name__ not in self._known_failures
+        self._known_failures.add(type(error).__name__)
+        if new or _is_power_of_two(self.policy_failures):
+            logger.error(
+                "POLICY %s FAILED at step %d: %s: %s. Training continues on the last good weights "
+                "(%d failures so far)",
+                self.policy.name,
+                iteration,
+                type(error).__name__,
+                error,
+                self.policy_failures,
+                exc_info=error if new else None,
+            )
+
+    def _refuse_other_run(self, state: dict[str, Any]) -> None:
+        if state["policy_name"] != self.policy.name:
+            raise ValueError(
+                f"the saved mixing state is of policy {state['policy_name']!r}, this run uses "
+                f"{self.policy.name!r}; resume with the saved one, or start without its state"
+            )
+        saved, current = state["domains"], self.policy.setting.domains
+        if saved == current:
+            return
+        gone = [name for name in saved if name not in current]
+        new = [name for name in current if name not in saved]
+        raise ValueError(
+            "the saved mixing state is of other domains"
+            + (f"; only saved: {', '.join(gone)}" if gone else "")
+            + (f"; only in this run: {', '.join(new)}" if new else "")
+            + ("" if gone or new else f"; saved in the order {', '.join(saved)}")
+            + ". Resume with the saved run's domains in its order"
+        )
+
+
+def _is_power_of_two(count: int) -> bool:
+    return count & (count - 1) == 0

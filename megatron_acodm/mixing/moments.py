@@ -1,0 +1,77 @@
+"""Running mean and spread of a stream, so that features and rewards are standardised over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FORGETTING = 3.0
+"""Of t observations, the s-th counts in proportion to about (s / t)^3: the recent quarter of the
+run dominates, so that the large losses and gradients of the first steps do not set the scale for
+ever. 0 would be the plain average."""
+
+_MIN_RELATIVE_SPREAD = 1e-5
+"""A feature that varies by less than this share of its mean counts as constant: float32 rounding
+must not be blown up to unit variance."""
+
+
+class RunningMoments:
+    """Mean and variance of vectors, averaged with polynomial decay (Shamir & Zhang 2013)."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(size, dtype=torch.float64)
+        self.variance = torch.zeros(size, dtype=torch.float64)
+        self._refresh()
+
+    def update(self, value: Tensor, inner_variance: float = 0.0) -> None:
+        """Take in one ``value`` [size].
+
+        Args:
+            value: the observation.
+            inner_variance: where the value is itself a mean, the variance of what it averages.
+        """
+        self.count += 1
+        rate = (1.0 + _FORGETTING) / (self.count + _FORGETTING)
+        difference = value.double() - self.mean
+        self.mean += rate * difference
+        self.variance += rate * difference * difference
+        self.variance *= 1.0 - rate
+        self.variance += rate * inner_variance
+        self._refresh()
+
+    def standardize(self, values: Tensor, clip: float) -> Tensor:
+        """``values`` [..., size] in units of spread around the mean, within [-clip, clip]."""
+        return ((values - self._shift) * self._inverse_spread).clamp_(-clip, clip)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to continue bit for bit."""
+        return {
+            "count": self.count,
+            "mean": self.mean.clone(),
+            "variance": self.variance.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``.
+
+        Raises:
+            ValueError: if the saved moments are of another size.
+        """
+        if state["mean"].shape != self.mean.shape:
+            raise ValueError(
+                f"the saved moments are of {len(state['mean'])} features, this policy has "
+                f"{len(self.mean)}; keep the domains and alignment.num_probes of the saved run"
+            )
+        self.count = state["count"]
+        self.mean.copy_(state["mean"])
+        self.variance.copy_(state["variance"])
+        self._refresh()
+
+    def _refresh(self) -> None:
+        spread = self.variance.sqrt().clamp_(min=1e-30)
+        spread = torch.maximum(spread, _MIN_RELATIVE_SPREAD * self.mean.abs())
+        self._shift = self.mean.float()
+        self._inverse_spread = spread.reciprocal().float()

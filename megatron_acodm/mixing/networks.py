@@ -1,0 +1,94 @@
+"""The agent's networks: an actor from states to mixtures, a critic from both to their value."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatron_acodm.mixing.simplex import Bounds
+
+_ACTOR_HEAD_SCALE = 0.01
+"""The actor's last layer starts this small, so that its first mixtures are the prior."""
+
+
+def _mlp(inputs: int, hidden: int, layers: int, outputs: int, head_scale: float) -> nn.Sequential:
+    """``layers`` times Linear, LayerNorm, ReLU; then a Linear head with scaled initial weights."""
+    modules: list[nn.Module] = []
+    for _ in range(layers):
+        modules += [nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+        inputs = hidden
+    head = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        head.weight.mul_(head_scale)
+        head.bias.zero_()
+    return nn.Sequential(*modules, head)
+
+
+class Actor(nn.Module):
+    """States [..., S] to mixtures [..., K] within the bounds.
+
+    weights = floor + (1 - sum floor) * softmax(log prior + net(state)): the floor holds by
+    construction, with a gradient everywhere, and the critic is only ever asked about mixtures that
+    can be drawn. Where a weight exceeds the ceiling, the mixture is pulled straight towards the
+    uniform one until it no longer does, which keeps the floor.
+    """
+
+    log_prior: Tensor
+    floor: Tensor
+    uniform: Tensor
+
+    def __init__(
+        self, state_size: int, hidden_size: int, num_layers: int, prior: np.ndarray, bounds: Bounds
+    ) -> None:
+        """``prior`` [K] is the first mixture; strictly above the floor, or a domain is stuck."""
+        super().__init__()
+        self.net = _mlp(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
+        self.spread = 1.0 - float(bounds.floor.sum())
+        self.ceiling = float(bounds.ceiling.max())
+        share = np.where(bounds.active, np.maximum(prior - bounds.floor, 1e-9), 0.0)
+        with np.errstate(divide="ignore"):  # masked domains: log 0, weight 0 whatever the net says
+            log_prior = np.log(share / share.sum())
+        for name, value in (
+            ("log_prior", log_prior),
+            ("floor", bounds.floor),
+            ("uniform", bounds.active / bounds.active.sum()),
+        ):
+            self.register_buffer(name, torch.from_numpy(value).float(), persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Mixtures [..., K] for standardised ``states`` [..., S]."""
+        share = torch.softmax(self.log_prior + self.net(states), dim=-1)
+        weights = torch.add(self.floor, share, alpha=self.spread)
+        return weights if self.ceiling >= 1.0 else self._pull_below_ceiling(weights)
+
+    def _pull_below_ceiling(self, weights: Tensor) -> Tensor:
+        room = self.ceiling - self.uniform.max()
+        excess = (weights - self.uniform).amax(dim=-1, keepdim=True).clamp(min=1e-12)
+        return torch.lerp(self.uniform, weights, (room / excess).clamp(max=1.0))
+
+
+class Critic(nn.Module):
+    """Q(s, a): standardised states [..., S] and mixtures [..., K] to the value of drawing them.
+
+    The reward is a sum over domains, r = sum_i a_i r_i, and so is the critic:
+    Q(s, a) = sum_i a_i h_i(s, a). Each part answers for its own domain's reward (reward
+    decomposition, van Seijen et al. 2017); together they satisfy the Bellman equation of r.
+    It starts at 0, so that it does not send the actor anywhere before it has learned.
+    """
+
+    def __init__(
+        self, state_size: int, hidden_size: int, num_layers: int, num_domains: int
+    ) -> None:
+        super().__init__()
+        self.num_domains = num_domains
+        self.net = _mlp(state_size + num_domains, hidden_size, num_layers, num_domains, 0.0)
+
+    def parts(self, states: Tensor, weights: Tensor) -> Tensor:
+        """Each domain's part [..., K] of Q; the net sees K * weights - 1, which is 0 at uniform."""
+        action = weights * self.num_domains - 1.0
+        return weights * self.net(torch.cat([states, action], dim=-1))
+
+    def forward(self, states: Tensor, weights: Tensor) -> Tensor:
+        """Q [...]."""
+        return self.parts(states, weights).sum(dim=-1)

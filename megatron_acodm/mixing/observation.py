@@ -1,0 +1,40 @@
+"""What a policy is told after each optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The measurements of one step over K domains and D probed layers."""
+
+    iteration: int
+    """The step just measured, counted from 1."""
+
+    progress: float
+    """iteration / train_iters, in [0, 1]."""
+
+    weights: np.ndarray
+    """[K] float64: the weights that drew this step's batch (with decision lag, older ones)."""
+
+    samples: np.ndarray
+    """[K] int64: sequences of each domain in this step's batch."""
+
+    loss: np.ndarray
+    """[K] float64: mean token loss; nan where the domain was not drawn."""
+
+    alignment: np.ndarray | None
+    """[K] float64: w_i = <g_i, sum over j != i of a_j g_j> with g the mean gradients and a the
+    realised shares of the batch; nan where the domain was not drawn."""
+
+    grad_sq_norm: np.ndarray | None
+    """[K] float64: ||g_i||^2; nan where the domain was not drawn."""
+
+    weight_norm: np.ndarray | None
+    """[D] float64: root mean square of each probed layer's weights."""
+
+    weight_delta_norm: np.ndarray | None
+    """[D] float64: root mean square of their change since the step before."""

@@ -1,0 +1,41 @@
+"""The policies by name."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_acodm.config import MixingConfig
+from megatron_acodm.mixing.acodm import AcodmPolicy
+from megatron_acodm.mixing.policy import Policy, Setting
+from megatron_acodm.mixing.static import StaticPolicy
+from megatron_acodm.mixing.uniform import UniformPolicy
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (AcodmPolicy, StaticPolicy, UniformPolicy)
+}
+"""Policy class by the name in ``mixing.policy``."""
+
+
+def build_policy(
+    config: MixingConfig,
+    domains: list[str],
+    sizes: np.ndarray,
+    num_probes: int,
+    train_iters: int,
+    seed: int,
+) -> Policy:
+    """Build the configured policy.
+
+    Args:
+        config: which policy, and its rails.
+        domains: K names, in the order of every vector.
+        sizes: [K] sequences per epoch of each domain; 0 masks a domain out.
+        num_probes: D, the number of probed layers in an observation.
+        train_iters: length of the run in optimizer steps.
+        seed: seed of every random choice of the policy.
+
+    Raises:
+        ValueError: if the config does not fit the domains.
+    """
+    setting = Setting(list(domains), np.asarray(sizes), num_probes, train_iters, seed)
+    return POLICIES[config.policy](config, setting)

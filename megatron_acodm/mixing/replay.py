@@ -1,0 +1,83 @@
+"""Replay: the most recent transitions, in a ring buffer, sampled uniformly."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Transitions(NamedTuple):
+    """B transitions of S-dimensional states and K domains."""
+
+    states: Tensor
+    """[B, S]: before the step."""
+
+    weights: Tensor
+    """[B, K]: the action, the weights that drew the step's batch."""
+
+    rewards: Tensor
+    """[B, K]: each domain's reward; the step's scalar reward is their sum over the weights."""
+
+    next_states: Tensor
+    """[B, S]: after the step."""
+
+
+class ReplayBuffer:
+    """Up to ``capacity`` transitions in preallocated float32 tensors; the oldest leave first."""
+
+    def __init__(self, capacity: int, state_size: int, num_domains: int, seed: int) -> None:
+        self.capacity = capacity
+        self.size = 0
+        self._next = 0
+        self._storage = Transitions(
+            torch.zeros(capacity, state_size),
+            torch.zeros(capacity, num_domains),
+            torch.zeros(capacity, num_domains),
+            torch.zeros(capacity, state_size),
+        )
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def add(self, state: Tensor, weights: Tensor, rewards: Tensor, next_state: Tensor) -> None:
+        """Store one transition: [S], [K], [K], [S]."""
+        for part, value in zip(self._storage, (state, weights, rewards, next_state), strict=True):
+            part[self._next] = value
+        self._next = (self._next + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+
+    def sample(self, batch_size: int) -> Transitions:
+        """Draw ``batch_size`` of the stored transitions, with replacement."""
+        indices = torch.randint(self.size, (batch_size,), generator=self._generator)
+        return Transitions(*(part[indices] for part in self._storage))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to continue bit for bit."""
+        parts = self._storage._asdict()
+        return {
+            "next": self._next,
+            "generator": self._generator.get_state(),
+            "transitions": {name: part[: self.size].clone() for name, part in parts.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``.
+
+        Raises:
+            ValueError: if the stored transitions do not fit this buffer.
+        """
+        saved = state["transitions"]
+        for name, part in self._storage._asdict().items():
+            size = len(saved[name])
+            full = size == self.capacity
+            if saved[name].shape[1:] != part.shape[1:] or not (full or state["next"] == size):
+                raise ValueError(
+                    f"the saved replay has {name} of shape {list(saved[name].shape)}, which does "
+                    f"not fit a buffer of {list(part.shape)}; keep agent.replay_capacity, the "
+                    "domains and alignment.num_probes of the saved run"
+                )
+        for name, part in self._storage._asdict().items():
+            self.size = len(saved[name])
+            part[: self.size] = saved[name]
+        self._next = state["next"]
+        self._generator.set_state(state["generator"])

@@ -1,0 +1,78 @@
+"""The reward: how well each domain's gradient serves the others, smoothed, and its weighted sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_acodm.mixing.moments import RunningMoments
+
+REWARD_CLIP = 5.0
+"""Largest standardised reward of a domain, in standard deviations."""
+
+
+class RewardTracker:
+    """Rewards of K domains, r_i <- xi r_i + (1 - xi) w_i, and the scalar r = sum_i a_i r_i.
+
+    w_i is measured on *mean* gradients, so nothing is divided by the sampling probability here.
+    The first measurement of a domain starts its average; a domain not drawn keeps its value.
+
+    Rewards are standardised over time by two running moments that all domains share: the mean of
+    the scalar r, and the mean squared deviation of the domains' rewards from it. So a step whose
+    domains all align better earns more, which standardising across the domains of each step would
+    hide, and sum_i a_i standardize(r)_i = standardize(r). Like the states, rewards are standardised
+    when they are used: transitions of any age that meet in a replay batch share one scale.
+    """
+
+    def __init__(self, num_domains: int, smoothing: float) -> None:
+        self.smoothing = smoothing
+        self.moments = RunningMoments(1)
+        self.rewards = np.full(num_domains, np.nan)
+        """[K] float64 moving averages; nan until a domain is first measured."""
+        self.scalar = float("nan")
+        """r of the last step, raw; nan before the first."""
+
+    def update(self, alignment: np.ndarray, weights: np.ndarray) -> Tensor:
+        """Take in the alignments w [K] of a step that was drawn with ``weights`` [K].
+
+        Returns:
+            [K] float32 raw rewards. A domain never measured counts as having the (weighted) mean
+            reward of the others.
+
+        Raises:
+            ValueError: if no domain that has weight was ever measured.
+        """
+        measured = ~np.isnan(alignment)
+        smoothed = self.smoothing * self.rewards + (1.0 - self.smoothing) * alignment
+        rewards = np.where(np.isnan(self.rewards), alignment, smoothed)
+        self.rewards = np.where(measured, rewards, self.rewards)
+        known = ~np.isnan(self.rewards)
+        share = weights[known].sum()
+        if not share > 0.0:
+            raise ValueError("no domain with a positive weight has a measured alignment yet")
+        self.scalar = float(weights[known] @ self.rewards[known] / share)
+        filled = np.where(known, self.rewards, self.scalar)
+        deviation = float(weights @ (filled - self.scalar) ** 2)
+        self.moments.update(torch.tensor([self.scalar]), inner_variance=deviation)
+        return torch.from_numpy(filled).float()
+
+    def standardize(self, rewards: Tensor) -> Tensor:
+        """Raw ``rewards`` [..., K] on the scale the critic sees, clipped."""
+        return self.moments.standardize(rewards, REWARD_CLIP)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to continue bit for bit."""
+        return {
+            "moments": self.moments.state_dict(),
+            "rewards": torch.from_numpy(self.rewards.copy()),
+            "scalar": self.scalar,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.moments.load_state_dict(state["moments"])
+        self.rewards = state["rewards"].numpy().copy()
+        self.scalar = state["scalar"]

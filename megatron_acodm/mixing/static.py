@@ -1,0 +1,52 @@
+"""Policy ``static``: the same given weights at every step, or natural ones."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+
+from megatron_acodm.config import MixingConfig
+from megatron_acodm.mixing.observation import Observation
+from megatron_acodm.mixing.policy import Policy, Setting
+from megatron_acodm.mixing.simplex import Bounds, natural_weights
+
+
+class StaticPolicy(Policy):
+    """Draws every batch with ``mixing.weights``, by default in proportion to the domains' sizes."""
+
+    name: ClassVar[str] = "static"
+
+    def __init__(self, config: MixingConfig, setting: Setting) -> None:
+        """Raises ValueError if the weights do not name exactly the domains that have data."""
+        self.setting = setting
+        self.bounds = Bounds.build(setting.active, 0.0, 1.0)
+        if config.weights is None:
+            self.initial_weights = natural_weights(setting.sizes)
+        else:
+            self.initial_weights = _given_weights(config.weights, setting)
+
+    def decide(self, observation: Observation) -> np.ndarray:
+        """The given weights [K]."""
+        return self.initial_weights
+
+
+def _given_weights(weights: dict[str, float], setting: Setting) -> np.ndarray:
+    unknown = sorted(set(weights) - set(setting.domains))
+    missing = sorted(set(setting.domains) - set(weights))
+    if unknown or missing:
+        raise ValueError(
+            "mixing.weights must name every domain once"
+            + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+            + (f"; missing: {', '.join(missing)} (0 leaves a domain out)" if missing else "")
+        )
+    for name, size in zip(setting.domains, setting.sizes, strict=True):
+        if not 0.0 <= weights[name] < math.inf:
+            raise ValueError(f"mixing.weights.{name} is {weights[name]}; it must be 0 or more")
+        if weights[name] > 0.0 and size == 0:
+            raise ValueError(f"mixing.weights.{name} is {weights[name]} but the domain is empty")
+    values = np.array([weights[name] for name in setting.domains], dtype=np.float64)
+    if values.sum() == 0.0:
+        raise ValueError("mixing.weights are all 0; give at least one domain a positive weight")
+    return values / values.sum()

@@ -1,0 +1,242 @@
+"""Reads, writes and checks ``manifest.json``, the description of a preprocessed corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from megatron.core.tokenizers.text import MegatronTokenizerText
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "megatron-acodm corpus"
+VERSION = 1
+ABOUT = (
+    "A Megatron indexed dataset (.bin, .idx) a domain. Paths are relative to this file. documents "
+    "include empty_documents, which have no tokens; tokens include one end-of-document id for each "
+    "other document; bytes are those of the text in UTF-8, before tokenization."
+)
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer that made the ids."""
+
+    type: str
+    """One of ``megatron_acodm.megatron.tokenizer.TOKENIZER_TYPES``."""
+    file: Path | None
+    """The copy that lies with the corpus; None for a type without a file."""
+    sha256: str | None
+    """As ``megatron_acodm.megatron.tokenizer.tokenizer_sha256`` gives it."""
+    vocab_size: int
+    """Ids, EOD included; it decides the type in which they are stored."""
+    eod: int
+    """The id after each document."""
+
+
+@dataclass(frozen=True)
+class ManifestDomain:
+    """One domain's dataset."""
+
+    name: str
+    """As the records have it."""
+    prefix: Path
+    """Path of the ``.bin`` and the ``.idx`` without these endings."""
+    documents: int
+    """Documents, empty ones included."""
+    empty_documents: int
+    """Documents without any text that the tokenizer keeps."""
+    tokens: int
+    """Ids stored, one EOD for each document that is not empty included."""
+    bytes: int
+    """Bytes of text in UTF-8, before tokenization."""
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """One file that was read."""
+
+    name: str
+    """The path, as it was given."""
+    size: int
+    """Bytes, as stored (compressed)."""
+    sha256: str
+    """Of those bytes."""
+
+
+@dataclass(frozen=True)
+class SkippedLine:
+    """A malformed line that ``--skip-bad-lines`` left out."""
+
+    input: str
+    """Name of the file."""
+    line: int
+    """Counted from 1."""
+    reason: str
+    """What is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a preprocessed corpus holds, and what it was made from."""
+
+    domains: list[ManifestDomain]
+    """Sorted by name."""
+    tokenizer: TokenizerInfo
+    """The tokenizer of every domain."""
+    inputs: list[InputInfo]
+    """In the order in which they were read."""
+    empty_domains: dict[str, int] = field(default_factory=dict)
+    """Documents of each domain that has empty ones only, and so no dataset."""
+    skipped_count: int = 0
+    """Malformed lines left out."""
+    skipped_lines: list[SkippedLine] = field(default_factory=list)
+    """The first of them."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest:
+        """Read a manifest and check that the files it names are there, whole.
+
+        Args:
+            path: The ``manifest.json``, or its folder.
+
+        Returns:
+            The manifest, its paths absolute.
+
+        Raises:
+            ValueError: when it is missing, damaged or of another version, or when a dataset or
+                the tokenizer is missing or has not the size that it should have.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(
+                f"cannot read {path}: {error.strerror}; tools/preprocess_pile.py writes it last, "
+                "when everything else is complete"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}; run preprocessing again") from error
+        manifest = _from_json(content, path)
+        manifest._check_files(path)
+        return manifest
+
+    def build_tokenizer(self, tokenizer_model: str | Path | None = None) -> MegatronTokenizerText:
+        """Build the corpus's tokenizer.
+
+        Args:
+            tokenizer_model: Another copy of its file to use instead of the one with the corpus.
+
+        Raises:
+            ValueError: when the file is missing, or is not the one that made the ids.
+        """
+        from megatron_acodm.megatron.tokenizer import build_tokenizer, tokenizer_sha256
+
+        info = self.tokenizer
+        model = tokenizer_model or info.file
+        found = tokenizer_sha256(info.type, model)
+        if found != info.sha256:
+            raise ValueError(
+                f"the tokenizer {model} is not the one that the corpus was made with: its sha256 "
+                f"is {found}, the manifest's {info.sha256}; use the file {info.file}"
+            )
+        # Megatron's null tokenizer adds EOD to the size it is given.
+        return build_tokenizer(
+            info.type, model, info.vocab_size - 1 if info.type == "NullTokenizer" else None
+        )
+
+    def to_json(self, directory: Path) -> str:
+        """The text of a ``manifest.json`` in ``directory``, which all its paths lie in."""
+        content = {"format": FORMAT, "version": VERSION, "about": ABOUT}
+        content.update(dataclasses.asdict(self))
+
+        def relative(value: object) -> str:
+            assert isinstance(value, Path)
+            return value.relative_to(directory).as_posix()
+
+        return json.dumps(content, indent=2, ensure_ascii=False, default=relative) + "\n"
+
+    def _check_files(self, path: Path) -> None:
+        from megatron_acodm.megatron.indexed import dataset_file_sizes
+
+        if self.tokenizer.file is not None and not self.tokenizer.file.is_file():
+            raise ValueError(
+                f"{path} names the tokenizer {self.tokenizer.file}, which is missing; move the "
+                "corpus as a whole"
+            )
+        for domain in self.domains:
+            sizes = dataset_file_sizes(
+                self.tokenizer.vocab_size, domain.documents, domain.empty_documents, domain.tokens
+            )
+            for suffix, size in zip((".bin", ".idx"), sizes, strict=True):
+                file = Path(f"{domain.prefix}{suffix}")
+                found = file.stat().st_size if file.is_file() else None
+                if found != size:
+                    state = "is missing" if found is None else f"has {found} bytes, not {size}"
+                    raise ValueError(
+                        f"{path} names the domain {domain.name!r}, whose file {file} {state}; "
+                        "copy it again, or run preprocessing again"
+                    )
+
+
+def _from_json(content: Any, path: Path) -> Manifest:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a manifest that tools/preprocess_pile.py wrote")
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {content.get('version')!r}, this package reads version {VERSION}; "
+            "run preprocessing again"
+        )
+    directory = path.absolute().parent
+    try:
+        manifest = Manifest(
+            domains=[_record(ManifestDomain, v, directory) for v in content["domains"]],
+            tokenizer=_record(TokenizerInfo, content["tokenizer"], directory),
+            inputs=[_record(InputInfo, v, directory) for v in content["inputs"]],
+            empty_domains={k: _check_value("int", v) for k, v in content["empty_domains"].items()},
+            skipped_count=_check_value("int", content["skipped_count"]),
+            skipped_lines=[_record(SkippedLine, v, directory) for v in content["skipped_lines"]],
+        )
+        names = [domain.name for domain in manifest.domains]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"it lists the domains {names}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged: {reason}; run preprocessing again") from error
+    return manifest
+
+
+_Record = TypeVar("_Record")
+
+
+def _record(cls: Callable[..., _Record], values: Any, directory: Path) -> _Record:
+    """Build one of the flat dataclasses above; its paths are relative to ``directory``."""
+    arguments = {}
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        value = values[item.name]
+        kind, optional = str(item.type).removesuffix(" | None"), str(item.type).endswith("None")
+        if not (optional and value is None):
+            value = _check_value(kind, value)
+            value = directory / value if kind == "Path" else value
+        arguments[item.name] = value
+    return cls(**arguments)
+
+
+def _check_value(kind: str, value: Any) -> Any:
+    if kind == "int":
+        good = type(value) is int and value >= 0
+    elif kind == "str":
+        good = isinstance(value, str)
+    else:
+        assert kind == "Path"
+        good = isinstance(value, str) and bool(value)
+        good = good and not Path(value).is_absolute() and ".." not in Path(value).parts
+    if not good:
+        raise ValueError(f"{value!r} is not a valid {kind}")
+    return value

@@ -1,0 +1,124 @@
+"""Shared fixtures: a small real corpus in Megatron's format, and training runs in processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+import sysconfig
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+TINY_MODEL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
+    "--micro-batch-size 2 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --num-workers 0 "
+    "--make-vocab-size-divisible-by 256 --log-interval 1"
+).split()
+
+
+def _texts() -> dict[str, list[str]]:
+    """Real text of three kinds that every Python installation has."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    modules = sorted(stdlib.glob("*.py"))[:40]
+    metadata = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*/METADATA"))[:30]
+    return {
+        "Python Code": [path.read_text(encoding="utf-8")[:4000] for path in modules],
+        "Documentation (topics)": [text[:4000] for text in pydoc_data.topics.topics.values()][:40],
+        "Package Metadata": [path.read_text(encoding="utf-8")[:2000] for path in metadata],
+    }
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The preprocessed corpus and the text it was made of."""
+
+    manifest: Path
+    texts: dict[str, list[str]]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Three domains of real text, tokenized to bytes by the real preprocessing tool."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = _texts()
+    records = [
+        {"text": text, "meta": {"pile_set_name": name}}
+        for name, documents in texts.items()
+        for text in documents
+    ]
+    records.sort(key=lambda record: zlib.crc32(record["text"].encode()))  # domains mixed, as real ones
+    source = folder / "corpus.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_pile.py"), "--input", source]
+    command += ["--output-dir", folder / "data", "--workers", "1"]
+    command += ["--tokenizer-type", "ByteLevelTokenizer"]
+    subprocess.run(list(map(str, command)), check=True, env=ENVIRONMENT, capture_output=True)
+    return Corpus(folder / "data" / "manifest.json", texts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training process (or group of them)."""
+
+    code: int
+    output: str
+    directory: Path
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        text = (self.directory / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "lm_loss" in line]
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "validation" in line]
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def train(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Run ``megatron_acodm.train`` on the corpus in ``processes`` real processes."""
+
+    def run(
+        *arguments: str,
+        processes: int = 1,
+        directory: Path | None = None,
+        data: tuple[str, ...] | None = None,
+        timeout: float = 240,
+    ) -> Run:
+        directory = directory or tmp_path_factory.mktemp("run")
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+            launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        command = [*launcher, "-m", "megatron_acodm.train", *TINY_MODEL]
+        command += ["--run-dir", str(directory), "--data-path", *(data or (str(corpus.manifest),))]
+        command += [*arguments]
+        result = subprocess.run(
+            command,
+            env=ENVIRONMENT,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        return Run(result.returncode, result.stdout, directory)
+
+    return run

@@ -1,0 +1,182 @@
+"""What a step measures equals a float64 reference, and the host does not notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host import SEQUENCE, forward_backward, micro_batches, tiny_model
+
+from megatron_acodm.config import AlignmentConfig
+from megatron_acodm.megatron.groups import ParallelGroups
+from megatron_acodm.megatron.measurement import StepMeasurement
+from megatron_acodm.megatron.model import TrainingModel
+from megatron_acodm.megatron.parameters import make_probes, select_parameters
+
+DOMAINS = [2, 0, 2, 1, 0, 2]  # of 4: domain 3 is not drawn
+SHARE = np.array([2, 1, 3, 0]) / 6
+CONFIG = AlignmentConfig(depths=(0.5, 1.0), num_probes=3)
+
+
+def _measure(
+    model: TrainingModel, domains: list[int], batches: list[torch.Tensor], runs: int = 1
+) -> Any:
+    measurement = StepMeasurement(
+        CONFIG,
+        select_parameters(model.chunks, 4, CONFIG),
+        make_probes(model.chunks, 4, CONFIG),
+        4,
+        True,
+        ParallelGroups.from_parallel_state(),
+        torch.device("cpu"),
+    )
+    config = model.config
+    finalize = config.finalize_model_grads_func
+    config.finalize_model_grads_func = measurement.around_finalize(finalize)
+    scale = config.grad_scale_func
+    one = torch.ones(1)
+    measurement.begin(
+        domains, one if scale is None else scale(one), config.calculate_per_token_loss
+    )
+    from megatron.core.pipeline_parallel import schedules
+
+    original = schedules.forward_step
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        measurement.on_forward(args[5], args[3])
+        return result
+
+    schedules.forward_step = observed
+    try:
+        for _ in range(runs):
+            forward_backward(model, batches)
+    finally:
+        schedules.forward_step = original
+        config.finalize_model_grads_func = finalize
+    model.optimizer.step()
+    statistics = measurement.finish(SHARE)
+    measurement.detach()
+    return statistics
+
+
+def _reference(model: TrainingModel, batches: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean gradients ``[4, P]`` and losses ``[4]`` by domain, by plain autograd."""
+    module = model.chunks[0].module
+    weights = [module.decoder.layers[i].mlp.linear_fc2.weight for i in (1, 3)]
+    gradients = np.zeros((4, sum(weight.numel() for weight in weights)))
+    losses = np.zeros(4)
+    for domain, text in zip(DOMAINS, batches, strict=True):
+        positions = torch.arange(SEQUENCE).expand(2, -1)
+        loss = module(text[:, :-1], positions, None, labels=text[:, 1:]).mean()
+        parts = torch.autograd.grad(loss, weights)
+        flat = torch.cat([part.flatten() for part in parts]).double().numpy()
+        gradients[domain] += flat / DOMAINS.count(domain)
+        losses[domain] += loss.item() / DOMAINS.count(domain)
+    return gradients, losses
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--overlap-grad-reduce",), ("--recompute-activations",), ("--use-distributed-optimizer",)],
+    ids=["plain", "overlapped reduction", "activation recompute", "distributed optimizer"],
+)
+def test_alignment_and_losses_equal_the_float64_reference(arguments: tuple[str, ...]) -> None:
+    model = tiny_model(*arguments)
+    batches = micro_batches(len(DOMAINS), seed=3)
+    gradients, losses = _reference(tiny_model(), batches)
+    statistics = _measure(model, DOMAINS, batches)
+    gram = gradients @ gradients.T
+    expected = [sum(SHARE[j] * gram[i, j] for j in range(4) if j != i) for i in range(3)]
+    scale = np.abs(gram).max()
+    np.testing.assert_allclose(statistics.alignment[:3], expected, rtol=1e-4, atol=1e-5 * scale)
+    np.testing.assert_allclose(statistics.grad_sq_norm[:3], np.diag(gram)[:3], rtol=1e-4)
+    np.testing.assert_allclose(statistics.loss[:3], losses[:3], rtol=1e-5)
+    assert statistics.tokens.tolist() == [64, 32, 96, 0]
+    for values in (statistics.alignment, statistics.grad_sq_norm, statistics.loss):
+        assert np.isnan(values[3])
+
+
+def test_the_loss_scale_and_per_token_losses_do_not_change_the_scores() -> None:
+    batches = micro_batches(len(DOMAINS), seed=3)
+    plain = _measure(tiny_model(), DOMAINS, batches)
+    scaled_model = tiny_model()
+    scaled_model.config.grad_scale_func = lambda loss: loss * 1024.0
+    scaled = _measure(scaled_model, DOMAINS, batches)
+    token_model = tiny_model()
+    token_model.config.calculate_per_token_loss = True
+    per_token = _measure(token_model, DOMAINS, batches)
+    for other in (scaled, per_token):
+        np.testing.assert_allclose(other.alignment, plain.alignment, rtol=1e-4)
+        np.testing.assert_allclose(other.grad_sq_norm, plain.grad_sq_norm, rtol=1e-4)
+
+
+def test_fused_gradient_accumulation_is_read_from_the_growth_of_main_grad() -> None:
+    batches = micro_batches(len(DOMAINS), seed=3)
+    plain = _measure(tiny_model(), DOMAINS, batches)
+    model = tiny_model()
+    for selected in select_parameters(model.chunks, 4, CONFIG):
+        _fuse_accumulation(selected.parameter)
+    fused = _measure(model, DOMAINS, batches)
+    np.testing.assert_allclose(fused.alignment, plain.alignment, rtol=1e-3)
+    np.testing.assert_allclose(fused.loss, plain.loss)
+
+
+def _fuse_accumulation(parameter: Any) -> None:
+    """Do what a fused weight-gradient GEMM does: add to main_grad, hand on a dummy gradient."""
+
+    def fused(grad: torch.Tensor) -> torch.Tensor:
+        parameter.main_grad.add_(grad)
+        parameter.grad_added_to_main_grad = True
+        return torch.full_like(grad, float("nan"))
+
+    parameter.register_hook(fused)
+
+
+def test_probes_see_the_weights_and_their_change() -> None:
+    model = tiny_model()
+    weights = [model.chunks[0].module.decoder.layers[i].mlp.linear_fc2.weight for i in (0, 2, 3)]
+    before = [weight.detach().clone().double() for weight in weights]
+    statistics = _measure(model, DOMAINS, micro_batches(len(DOMAINS), seed=3))
+    for index, (old, new) in enumerate(zip(before, weights, strict=True)):
+        if index == 1:
+            continue  # the middle probe's layer depends on rounding; its ends do not
+        norm = new.detach().double().square().mean().sqrt()
+        change = (new.detach().double() - old).square().mean().sqrt()
+        assert statistics.weight_norm[index] == pytest.approx(norm.item(), rel=1e-6)
+        assert statistics.weight_delta_norm[index] == pytest.approx(change.item(), rel=1e-5)
+
+
+def test_measuring_does_not_change_the_training_step() -> None:
+    batches = micro_batches(len(DOMAINS), seed=3)
+    plain, measured = tiny_model(), tiny_model()
+    forward_backward(plain, batches)
+    plain.optimizer.step()
+    _measure(measured, DOMAINS, batches)
+    for left, right in zip(
+        plain.chunks[0].parameters(), measured.chunks[0].parameters(), strict=True
+    ):
+        assert torch.equal(left, right)
+
+
+def test_a_step_that_the_host_runs_twice_is_measured_once() -> None:
+    batches = micro_batches(len(DOMAINS), seed=3)
+    once = _measure(tiny_model(), DOMAINS, batches)
+    repeated = _measure(tiny_model(), DOMAINS, batches, runs=2)
+    np.testing.assert_array_equal(repeated.alignment, once.alignment)
+    np.testing.assert_array_equal(repeated.tokens, once.tokens)
+
+
+def test_a_wrong_number_of_micro_batches_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="6 micro-batches a step on this rank, 5 were planned"):
+        _measure(tiny_model(), DOMAINS[:5], micro_batches(6, seed=3))
+
+
+def test_a_layer_without_the_wanted_weight_is_named() -> None:
+    model = tiny_model()
+    layer = model.chunks[0].module.decoder.layers[3]
+    del layer.mlp.linear_fc2
+    with pytest.raises(ValueError, match=r"layer 4 has no dense weight mlp.linear_fc2.*fc1, qkv"):
+        select_parameters(model.chunks, 4, CONFIG)
