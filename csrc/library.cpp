@@ -10,8 +10,14 @@ TORCH_LIBRARY(megatron_acodm, library) {
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", "Operators of megatron_acodm", -1, nullptr, nullptr,
-      nullptr,               nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               "_C",
+                               "Operators of megatron_acodm",
+                               -1,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
   return PyModule_Create(&module);
 }

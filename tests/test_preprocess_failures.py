@@ -83,6 +83,7 @@ def test_unusable_inputs_are_refused_before_anything_is_read(tmp_path: Path) -> 
         ([good, str(tmp_path / "a.csv")], r"a\.csv is none of \.jsonl, \.jsonl\.gz, \.jsonl\.zst"),
         ([good, str(tmp_path / "folder.jsonl")], r"folder\.jsonl is not a regular file"),
         ([good, f"{tmp_path}/./good.jsonl"], "is the same file as"),
+        ([good, good], "is the same file as"),
     ):
         with pytest.raises(ValueError, match=message):
             run(inputs, tmp_path / "out")

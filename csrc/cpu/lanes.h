@@ -19,12 +19,12 @@ constexpr int64_t kLanes = 16;
 template <int WIDTH>
 struct VectorTypes;
 
-#define ACODM_VECTOR_TYPES(WIDTH)                                     \
-  template <>                                                         \
-  struct VectorTypes<WIDTH> {                                         \
-    typedef float Float __attribute__((vector_size(4 * WIDTH)));      \
-    typedef uint32_t Word __attribute__((vector_size(4 * WIDTH)));    \
-    typedef uint16_t Half __attribute__((vector_size(2 * WIDTH)));    \
+#define ACODM_VECTOR_TYPES(WIDTH)                                  \
+  template <>                                                      \
+  struct VectorTypes<WIDTH> {                                      \
+    typedef float Float __attribute__((vector_size(4 * WIDTH)));   \
+    typedef uint32_t Word __attribute__((vector_size(4 * WIDTH))); \
+    typedef uint16_t Half __attribute__((vector_size(2 * WIDTH))); \
   };
 ACODM_VECTOR_TYPES(4)
 ACODM_VECTOR_TYPES(8)
@@ -37,8 +37,6 @@ struct Lanes {
   static constexpr int kParts = kLanes / WIDTH;
 
   Vector part[kParts];
-
-  static ACODM_INLINE Lanes zero() { return Lanes{}; }
 
   static ACODM_INLINE Lanes load(const float* source) {
     Lanes lanes;
@@ -79,6 +77,43 @@ struct Lanes {
     Lanes difference;
     for (int i = 0; i < kParts; ++i) difference.part[i] = part[i] - other.part[i];
     return difference;
+  }
+};
+
+// Two vectors of lanes, 32 numbers. Of bfloat16, the first holds the even ones and the second the
+// odd ones: one instruction each, where keeping their order takes two. Sums over columns do not
+// mind, as long as every row is laid out alike.
+template <int WIDTH>
+struct LanesPair {
+  Lanes<WIDTH> half[2];
+
+  static ACODM_INLINE LanesPair load(const float* source) {
+    return {{Lanes<WIDTH>::load(source), Lanes<WIDTH>::load(source + kLanes)}};
+  }
+
+  static ACODM_INLINE LanesPair load(const BFloat16Bits* source) {
+    using Lane = Lanes<WIDTH>;
+    using Word = typename VectorTypes<WIDTH>::Word;
+    LanesPair pair;
+    for (int i = 0; i < Lane::kParts; ++i) {
+      Word words;  // little endian: the even element is the lower half
+      std::memcpy(&words, source + 2 * i * WIDTH, sizeof(Word));
+      const Word even = words << 16, odd = words & 0xffff0000u;
+      std::memcpy(&pair.half[0].part[i], &even, sizeof(Word));
+      std::memcpy(&pair.half[1].part[i], &odd, sizeof(Word));
+    }
+    return pair;
+  }
+
+  ACODM_INLINE void store(float* target) const {
+    half[0].store(target);
+    half[1].store(target + kLanes);
+  }
+
+  ACODM_INLINE LanesPair& operator+=(const LanesPair& other) {
+    half[0] += other.half[0];
+    half[1] += other.half[1];
+    return *this;
   }
 };
 

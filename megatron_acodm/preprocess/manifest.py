@@ -160,7 +160,7 @@ class Manifest:
             assert isinstance(value, Path)
             return value.relative_to(directory).as_posix()
 
-        return json.dumps(content, indent=2, ensure_ascii=False, default=relative) + "\n"
+        return json.dumps(content, indent=2, default=relative) + "\n"
 
     def _check_files(self, path: Path) -> None:
         from megatron_acodm.megatron.indexed import dataset_file_sizes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -14,8 +13,8 @@ from typing import Any
 _WINDOW = 4
 """Tasks a worker that may be unfinished or waiting for their turn: bounds the memory."""
 
-# Forked workers start at once; elsewhere than on Linux, system libraries may not survive a fork.
-_CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+# Forked workers start at once, where others would import Megatron, each for seconds.
+_CONTEXT = multiprocessing.get_context("fork")
 
 
 class WorkerDied(RuntimeError):
@@ -31,7 +30,7 @@ class WorkerPool:
 
     Args:
         workers: How many, at least 1.
-        make_function: Called in each process for the function; it must be picklable.
+        make_function: Called in each process for the function.
     """
 
     def __init__(self, workers: int, make_function: Callable[[], Callable[[Any], Any]]) -> None:
@@ -40,8 +39,8 @@ class WorkerPool:
         self._processes: dict[Connection, Any] = {}
         for _ in range(workers):
             ours, theirs = _CONTEXT.Pipe()
-            # A forked process has copies of our ends, which would keep the pipes open.
-            inherited = [*self._processes, ours] if _CONTEXT.get_start_method() == "fork" else []
+            # The process inherits copies of our ends, which would keep the pipes open.
+            inherited = [*self._processes, ours]
             process = _CONTEXT.Process(
                 target=_serve, args=(theirs, inherited, make_function), daemon=True
             )

@@ -132,12 +132,13 @@ def open_inputs(names: Sequence[str]) -> list[InputFile]:
     inputs = [InputFile(name) for name in names]
     seen: dict[Path, str] = {}
     for item in inputs:
-        other = seen.setdefault(Path(item.name).resolve(), item.name)
-        if other is not item.name:
+        path = Path(item.name).resolve()
+        if path in seen:
             raise ValueError(
-                f"{item.name} is the same file as {other}; its documents would count twice: name "
-                "each file once"
+                f"{item.name} is the same file as {seen[path]}; its documents would count twice: "
+                "name each file once"
             )
+        seen[path] = item.name
     return inputs
 
 

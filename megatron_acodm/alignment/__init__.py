@@ -1,0 +1,16 @@
+"""The alignment room: which way did each domain's gradient pull in this step?"""
+
+from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator, build_estimator
+from megatron_acodm.alignment.exact import ExactEstimator
+from megatron_acodm.alignment.scores import mean_gradient_scores
+from megatron_acodm.alignment.selection import layers_at_depths, probe_layers
+
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "ExactEstimator",
+    "build_estimator",
+    "layers_at_depths",
+    "mean_gradient_scores",
+    "probe_layers",
+]

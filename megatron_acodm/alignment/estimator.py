@@ -1,0 +1,144 @@
+"""The interface of an alignment estimator, and the registry that a config chooses from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_acodm.config import AlignmentConfig
+from megatron_acodm.ops import MAX_DOMAINS, domain_alignment
+
+
+class Estimator(ABC):
+    """Collects what each domain's gradient adds up to in a step, and multiplies it out.
+
+    The order of a step, and what is summed over which ranks:
+
+    1. ``begin_step()``;
+    2. for each micro-batch and selected parameter, ``add_gradient`` or ``add_growth``;
+    3. the caller sums ``packed()`` over DP×CP, in place: a product of sums is not the sum of
+       products, so the rows must be whole before
+    4. ``products()``, whose results the caller sums over TP×PP: a rank's products are over the
+       parameters (or slices of them) that it holds, and those add up. A parameter that several
+       ranks hold must be given to one of them only.
+
+    Each subclass decides what a row is: any linear function of the gradient.
+
+    Args:
+        num_domains: K, 1 to 256.
+        row_length: numbers that stand for a domain's gradient on this rank; may be 0.
+        num_extra: further numbers per step that travel in the same reduction.
+        device: where the numbers live.
+
+    Raises:
+        ValueError: ``num_domains`` is out of range, or a count is negative.
+    """
+
+    def __init__(
+        self,
+        num_domains: int,
+        row_length: int,
+        num_extra: int,
+        device: torch.device | str,
+    ) -> None:
+        if not 1 <= num_domains <= MAX_DOMAINS:
+            raise ValueError(
+                f"there are {num_domains} domains; alignment is measured between 1 to {MAX_DOMAINS}"
+            )
+        if row_length < 0 or num_extra < 0:
+            raise ValueError(
+                f"row_length is {row_length} and num_extra {num_extra}; neither may be negative"
+            )
+        self.num_domains = num_domains
+        self._size = num_domains * row_length
+        self._packed = torch.zeros(self._size + num_extra, dtype=torch.float32, device=device)
+        self.rows = self._packed[: self._size].view(num_domains, row_length)
+        """[K, row_length] float32: what each domain's gradient amounts to so far."""
+        self.extra = self._packed[self._size :]
+        """[num_extra] float32: the caller's own statistics of the step."""
+
+    def begin_step(self) -> None:
+        """Forget the last step: rows and extra numbers are zero again."""
+        self._packed.zero_()
+
+    @abstractmethod
+    def add_gradient(self, index: int, domain: int, grad: Tensor) -> None:
+        """Add a micro-batch's gradient of the ``index``-th selected parameter to a domain.
+
+        Args:
+            index: position of the parameter in the selection.
+            domain: domain of the micro-batch.
+            grad: the parameter's gradient, of any shape and float dtype.
+
+        Raises:
+            ValueError: the domain does not exist, or the size is not the parameter's.
+        """
+
+    @abstractmethod
+    def add_growth(self, index: int, domain: int, main_grad: Tensor) -> None:
+        """Add what a parameter's ``main_grad`` has grown by since the last call.
+
+        For hosts that fuse the accumulation into the backward GEMM, so that no tensor holds the
+        micro-batch's gradient alone. ``main_grad`` must have been zero at ``begin_step``.
+
+        Args:
+            index: position of the parameter in the selection.
+            domain: domain of the micro-batch that has just been added.
+            main_grad: float32 or bfloat16, contiguous: the accumulated gradient.
+
+        Raises:
+            ValueError: the domain does not exist, or the size is not the parameter's.
+        """
+
+    def packed(self) -> Tensor:
+        """Rows and extra numbers as one flat float32 tensor, to be summed over DP×CP in place."""
+        return self._packed
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that a rank puts into the reduction over DP×CP, per step."""
+        return self._packed.nbytes
+
+    def products(self) -> tuple[Tensor, Tensor]:
+        """This rank's part of the alignment, from the reduced rows.
+
+        Returns:
+            W: [K] float64, the product of each row with the sum of the others.
+            sq_norm: [K] float64, the squared norm of each row.
+        """
+        return domain_alignment(self.rows)
+
+
+ESTIMATORS: dict[str, Callable[[Sequence[int], int, int, torch.device | str], Estimator]] = {}
+"""Estimators by the name that ``alignment.estimator`` gives them."""
+
+
+def build_estimator(
+    config: AlignmentConfig,
+    numels: Sequence[int],
+    num_domains: int,
+    num_extra: int,
+    device: torch.device | str,
+) -> Estimator:
+    """The estimator that a config names.
+
+    Args:
+        config: names the estimator.
+        numels: size of each selected parameter whose gradient this rank contributes. Empty on a
+            rank that holds none, say a pipeline stage without a selected layer.
+        num_domains: K.
+        num_extra: further float32 numbers per step that travel in the same reduction.
+        device: where gradients live.
+
+    Raises:
+        ValueError: the estimator is unknown, or a size is out of range.
+    """
+    if config.estimator not in ESTIMATORS:
+        raise ValueError(
+            f"alignment.estimator is {config.estimator!r}; the estimators are "
+            f"{', '.join(sorted(ESTIMATORS))}"
+        )
+    return ESTIMATORS[config.estimator](numels, num_domains, num_extra, device)
