@@ -124,7 +124,7 @@ def _add_acodm(group: Any) -> None:
                        "blend")  # fmt: skip
     group.add_argument("--acodm-decision-lag", type=int)
     group.add_argument("--acodm-depths", type=float, nargs="+",
-                       help="relative depths of the layers whose gradients are compared")  # fmt: skip
+                       help="relative depths of the layers whose gradients count")  # fmt: skip
     group.add_argument("--acodm-kind", help="their weight: fc1, fc2, qkv or proj")
     group.add_argument("--acodm-initial-weights", choices=("natural", "uniform"))
     group.add_argument("--acodm-min-weight", type=float)
@@ -179,7 +179,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{_flag(name)} is {getattr(args, name)}; it must be at least 1")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    _check_multiple("hidden_size", args.hidden_size, "num_attention_heads", args.num_attention_heads)
+    _check_multiple(
+        "hidden_size", args.hidden_size, "num_attention_heads", args.num_attention_heads
+    )
     _check_multiple("num_attention_heads", args.num_attention_heads,
                     "tensor_model_parallel_size", tp)  # fmt: skip
     _check_multiple("num_layers", args.num_layers, "pipeline_model_parallel_size", pp)

@@ -100,7 +100,7 @@ class MixingConfig:
     """The mixture before the policy has seen anything: ``natural`` (by size) or ``uniform``."""
 
     min_weight: float | None = None
-    """Lowest share an online policy may give to a domain; None means a tenth of the uniform share."""
+    """Lowest share an online policy may give to a domain; None: a tenth of the uniform share."""
 
     max_weight: float = 1.0
     """Highest share an online policy may give to a domain."""
@@ -235,7 +235,9 @@ _SECTIONS = {
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
-    _require(isinstance(values, dict), f"{prefix or 'the config'} must be a mapping, not {values!r}")
+    _require(
+        isinstance(values, dict), f"{prefix or 'the config'} must be a mapping, not {values!r}"
+    )
     fields = {f.name: f for f in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():

@@ -19,11 +19,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-TINY_MODEL = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
-    "--micro-batch-size 2 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --num-workers 0 "
-    "--make-vocab-size-divisible-by 256 --log-interval 1"
-).split()
+TINY_MODEL = [
+    *("--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4"),
+    *("--seq-length", "64", "--micro-batch-size", "2", "--global-batch-size", "16"),
+    *("--lr", "1e-3", "--min-lr", "1e-4", "--num-workers", "0", "--log-interval", "1"),
+    *("--make-vocab-size-divisible-by", "256"),
+]
 
 
 def _texts() -> dict[str, list[str]]:
@@ -56,7 +57,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         for name, documents in texts.items()
         for text in documents
     ]
-    records.sort(key=lambda record: zlib.crc32(record["text"].encode()))  # domains mixed, as real ones
+    records.sort(
+        key=lambda record: zlib.crc32(record["text"].encode())
+    )  # domains mixed, as real ones
     source = folder / "corpus.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_pile.py"), "--input", source]

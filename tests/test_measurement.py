@@ -80,7 +80,12 @@ def _reference(model: TrainingModel, batches: list[torch.Tensor]) -> tuple[np.nd
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("--overlap-grad-reduce",), ("--recompute-activations",), ("--use-distributed-optimizer",)],
+    [
+        (),
+        ("--overlap-grad-reduce",),
+        ("--recompute-activations",),
+        ("--use-distributed-optimizer",),
+    ],
     ids=["plain", "overlapped reduction", "activation recompute", "distributed optimizer"],
 )
 def test_alignment_and_losses_equal_the_float64_reference(arguments: tuple[str, ...]) -> None:

@@ -162,7 +162,9 @@ def test_an_unsupported_host_version_is_refused(
     import megatron.core
 
     monkeypatch.setattr(megatron.core, "__version__", version)
-    with pytest.raises(compat.UnsupportedHostError, match=rf"{version} is installed; .*>=0.16,<0.17"):
+    with pytest.raises(
+        compat.UnsupportedHostError, match=rf"{version} is installed; .*>=0.16,<0.17"
+    ):
         megatron_acodm.patch(None)
 
 

@@ -24,11 +24,14 @@ def check_host_version() -> str:
     try:
         version = importlib.import_module("megatron.core").__version__
     except ImportError as error:
-        raise UnsupportedHostError(f"megatron-core cannot be imported ({error}); {remedy}") from error
+        raise UnsupportedHostError(
+            f"megatron-core cannot be imported ({error}); {remedy}"
+        ) from error
     parts = tuple(int(part) for part in version.split(".")[:2])
     if not SUPPORTED[0] <= parts < SUPPORTED[1]:
         raise UnsupportedHostError(
-            f"megatron-core {version} is installed; versions >={low},<{high} are supported; {remedy}"
+            f"megatron-core {version} is installed; versions >={low},<{high} are supported; "
+            f"{remedy}"
         )
     return str(version)
 

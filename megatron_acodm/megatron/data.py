@@ -1,4 +1,4 @@
-"""The trainer's data: Megatron datasets by domain, loaders, and one pass over all validation sets."""
+"""The trainer's data: Megatron datasets by domain, loaders, one pass over validation sets."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class ValidationSet:
                 for start in range(0, len(indices), micro_batch_size)
             ]
         if batches:
-            padding = (batches[-1][0], [None] * micro_batch_size)
+            padding: tuple[int, list[int | None]] = (batches[-1][0], [None] * micro_batch_size)
             batches += [padding] * (-len(batches) % data_size)
         return batches[data_rank::data_size]
 
@@ -184,6 +184,9 @@ def get_batch(
     """The next micro-batch, on every tensor-parallel rank of the stages that use it.
 
     Args:
+        iterator: yields collated samples; used on the one tensor-parallel rank that reads data.
+        micro_batch_size: sequences.
+        seq_length: tokens a sequence.
         domain: the domain that the micro-batch must be of, or None if that is not known.
 
     Returns:

@@ -36,11 +36,13 @@ class ParallelGroups:
         """Take Megatron's initialised groups; collective (creates the control group)."""
         from megatron.core import parallel_state
 
+        world = dist.group.WORLD
+        assert world is not None
         on_gloo = dist.get_backend() == "gloo"
         return cls(
             data=parallel_state.get_data_parallel_group(with_context_parallel=True),
             model=parallel_state.get_model_parallel_group(),
-            control=dist.group.WORLD if on_gloo else dist.new_group(backend="gloo"),
+            control=world if on_gloo else dist.new_group(backend="gloo"),
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             owns_loss=parallel_state.is_pipeline_last_stage()

@@ -33,7 +33,9 @@ class StepStatistics:
     def mean_loss(self) -> float:
         """Mean loss over all tokens of the step."""
         seen = self.tokens > 0
-        return float(np.average(self.loss[seen], weights=self.tokens[seen])) if seen.any() else np.nan
+        return (
+            float(np.average(self.loss[seen], weights=self.tokens[seen])) if seen.any() else np.nan
+        )
 
 
 class StepMeasurement:
@@ -153,9 +155,7 @@ class StepMeasurement:
                 return finalize(*args, **kwargs)
             start = time.perf_counter()
             self._check_complete()
-            work = dist.all_reduce(
-                self.estimator.packed(), group=self._groups.data, async_op=True
-            )
+            work = dist.all_reduce(self.estimator.packed(), group=self._groups.data, async_op=True)
             self.seconds += time.perf_counter() - start
             result = finalize(*args, **kwargs)
             start = time.perf_counter()

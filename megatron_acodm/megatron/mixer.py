@@ -62,9 +62,7 @@ class Mixer:
     Every rank holds the ledger; rank 0 alone holds the policy and broadcasts its decisions.
     """
 
-    def __init__(
-        self, config: AcodmConfig, run: RunShape, domain_names: Mapping[str, str]
-    ) -> None:
+    def __init__(self, config: AcodmConfig, run: RunShape, domain_names: Mapping[str, str]) -> None:
         self.config = config
         self.run = run
         self.measurement: StepMeasurement | None = None

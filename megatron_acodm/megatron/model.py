@@ -14,7 +14,7 @@ import torch
 class TrainingModel:
     """What Megatron's schedules and checkpoints work on."""
 
-    chunks: list[torch.nn.Module]  # wrapped in DDP
+    chunks: list[Any]  # wrapped in Megatron's DDP
     optimizer: Any
     scheduler: Any  # learning rate and weight decay
     config: Any  # TransformerConfig
@@ -46,7 +46,7 @@ class TrainingModel:
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
-    """Vocabulary padded as Megatron-LM pads it: every tensor-parallel shard a multiple of divisor."""
+    """Vocabulary padded as Megatron-LM pads it: each shard is a multiple of the divisor."""
     multiple = divisor * tensor_parallel_size
     return (vocab_size + multiple - 1) // multiple * multiple
 

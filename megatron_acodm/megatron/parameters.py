@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class SelectedParameter:
     """A weight of one transformer layer that this rank holds (a shard of)."""
 
     name: str
-    parameter: torch.nn.Parameter
+    parameter: Any  # torch.nn.Parameter with the attributes that Megatron's DDP adds
 
 
 class WeightProbe:

@@ -20,7 +20,9 @@ from megatron_acodm.megatron.mixer import Mixer, RunShape
 
 logger = logging.getLogger(__name__)
 
-_BUILD = "megatron.core.datasets.blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder.build"
+_BUILD = (
+    "megatron.core.datasets.blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder.build"
+)
 _FORWARD_STEP = "megatron.core.pipeline_parallel.schedules.forward_step"
 
 _originals: list[tuple[Any, str, Any]] = []
@@ -64,7 +66,9 @@ def patch(
     mixer = None
     if config is not None:
         if run is None:
-            raise ValueError("patch(config) needs the run's sizes as well: patch(config, RunShape(…))")
+            raise ValueError(
+                "patch(config) needs the run's sizes as well: patch(config, RunShape(…))"
+            )
         mixer = Mixer(config, run, domain_names or {})
     replacements = [(host_symbol(path), make) for path, make in _REPLACEMENTS.items()]
     for (owner, name, original), make in replacements:

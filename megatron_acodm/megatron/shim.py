@@ -160,6 +160,7 @@ class CpuShim:
         self._restore: list[Callable[[], None]] = []
 
     def install(self) -> None:
+        """Replace the functions."""
         # Megatron compiles a few helpers with torch.compile; on CPU that costs minutes.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         for name in _FACTORIES:
@@ -183,6 +184,7 @@ class CpuShim:
         logger.info("no CUDA device: Megatron-Core runs on the CPU over gloo")
 
     def uninstall(self) -> None:
+        """Put them back."""
         for restore in reversed(self._restore):
             restore()
         self._restore.clear()

@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def loss_func(
-    loss_mask: torch.Tensor, output: torch.Tensor
+    loss_mask: torch.Tensor | None, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Token losses to Megatron's triple: loss sum, token count, report of both."""
+    assert loss_mask is not None  # Megatron calls it on the last stage, which has the mask
     mask = loss_mask.view(-1)
     loss = (output.float().view(-1) * mask).sum()
     tokens = mask.sum()
@@ -158,9 +159,7 @@ class Trainer:
             batch = get_batch(
                 data_iterator, args.micro_batch_size, args.seq_length, next(expected, None)
             )
-            self.seconds["data_s"] = (
-                self.seconds.get("data_s", 0.0) + time.perf_counter() - start
-            )
+            self.seconds["data_s"] = self.seconds.get("data_s", 0.0) + time.perf_counter() - start
             tokens = batch.get("tokens")
             positions = None
             if tokens is not None:
