@@ -7,13 +7,7 @@ import dataclasses
 from typing import Any
 
 from megatron_acodm.config import POLICIES, AcodmConfig
-
-TOKENIZER_TYPES = (
-    "SentencePieceTokenizer",
-    "HuggingFaceTokenizer",
-    "ByteLevelTokenizer",
-    "NullTokenizer",
-)
+from megatron_acodm.megatron.tokenizer import TOKENIZER_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:

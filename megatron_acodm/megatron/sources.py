@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_acodm.megatron.builder import domain_name
-from megatron_acodm.megatron.tokenizer import build_tokenizer
+from megatron_acodm.megatron.tokenizer import build_tokenizer, resolve_tokenizer_model
 from megatron_acodm.preprocess.manifest import Manifest
 
 
@@ -73,18 +73,19 @@ def _resolve(
 
 
 def _tokenizer(args: Namespace, manifest: Manifest | None) -> Any:
-    if args.tokenizer_type is None and manifest is None:
-        raise ValueError("--tokenizer-type is needed when --data-path is not a manifest.json")
-    if args.tokenizer_type is None:
-        assert manifest is not None
-        return manifest.build_tokenizer(args.tokenizer_model)
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
-    if manifest is not None and tokenizer.vocab_size < manifest.tokenizer.vocab_size:
-        raise ValueError(
-            f"{args.tokenizer_type} has {tokenizer.vocab_size} tokens, the data was made with a "
-            f"tokenizer of {manifest.tokenizer.vocab_size}; use the manifest's tokenizer"
-        )
-    return tokenizer
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    if manifest is None:
+        if kind is None:
+            raise ValueError("--tokenizer-type is needed when --data-path is not a manifest.json")
+        return build_tokenizer(kind, model, args.vocab_size)
+    if kind is not None:
+        resolve_tokenizer_model(kind, model)  # a missing file is the first thing to say
+        if kind != manifest.tokenizer.type:
+            raise ValueError(
+                f"--tokenizer-type is {kind}, the data was made with {manifest.tokenizer.type}; "
+                "leave the flag out to use the manifest's tokenizer"
+            )
+    return manifest.build_tokenizer(model)
 
 
 def _check_same_tokenizer(train: Manifest, valid: Manifest) -> None:

@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""Times the alignment operators and the whole reward path, against a plain sum and the published way.
+
+Two tables. The operators: one call on a K×P matrix, as a multiple of the time that ``G.sum()``
+takes for the same bytes. The reward path: what a training step spends on measuring the alignment,
+from its micro-batches' gradients to the products. Every figure is a median over rounds; within a
+round all candidates run in turn, and ratios are taken within the round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_acodm import ops
+from megatron_acodm.alignment import ExactEstimator
+
+Candidates = dict[str, Callable[[], float]]
+
+
+def published_products(matrix: Tensor) -> Tensor:
+    """Row sums of the Gram matrix without its diagonal, as the published code forms them."""
+    gram = matrix @ matrix.T
+    return (gram - torch.diag(torch.diag(gram))).sum(dim=-1)
+
+
+class Clock:
+    """Seconds that calls take, a CUDA device's work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def __call__(self, work: Callable[[], Any]) -> float:
+        """Run the work and return its seconds."""
+        self._wait()
+        start = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+def operator_candidates(G: Tensor, clock: Clock) -> Candidates:
+    """One call each; the floor comes first."""
+    return {
+        "G.sum() (floor)": lambda: clock(G.sum),
+        "domain_alignment": lambda: clock(lambda: ops.domain_alignment(G)),
+        "PyTorch reference": lambda: clock(lambda: ops.domain_alignment_reference(G)),
+        "G @ G.T": lambda: clock(lambda: G @ G.T),
+    }
+
+
+class RewardPath:
+    """A step's micro-batches on one rank, measured in three ways.
+
+    The gradients are made, and accumulated as the host does, outside the timed parts.
+
+    Args:
+        num_domains: K.
+        numbers: P, over three parameters.
+        num_micro_batches: micro-batches of the step; they take domains in turn.
+        device: where gradients live.
+    """
+
+    def __init__(
+        self, num_domains: int, numbers: int, num_micro_batches: int, device: torch.device
+    ) -> None:
+        third = numbers // 3
+        self.numels = [third, third, numbers - 2 * third]
+        self.domains = [i % num_domains for i in range(num_micro_batches)]
+        self.num_domains = num_domains
+        self.gradient = [torch.randn(n, device=device) for n in self.numels]
+        self.main_grads = [torch.zeros(n, device=device) for n in self.numels]
+        self.estimator = ExactEstimator(self.numels, num_domains, 0, device)
+        self.matrix = torch.zeros(num_domains, numbers)
+        self.clock = Clock(device)
+
+    def _micro_batches(self) -> Any:
+        """Domain of each micro-batch, after the host has accumulated its gradient."""
+        for main_grad in self.main_grads:
+            main_grad.zero_()
+        for domain in self.domains:
+            for main_grad, gradient in zip(self.main_grads, self.gradient, strict=True):
+                main_grad += gradient
+            yield domain
+
+    def published(self) -> float:
+        """Clone to the host, difference, accumulate; at the end the product (DANG-ai/AC-ODM)."""
+        previous: Tensor | None = None
+
+        def add(domain: int) -> None:
+            nonlocal previous
+            current = torch.cat([grad.clone().detach().flatten().cpu() for grad in self.main_grads])
+            own = current.clone() if previous is None else current - previous
+            previous = current.clone()
+            self.matrix[domain, :] += own
+
+        seconds = self.clock(self.matrix.zero_)
+        for domain in self._micro_batches():
+            seconds += self.clock(lambda: add(domain))  # noqa: B023 - runs at once
+        return seconds + self.clock(lambda: published_products(self.matrix))
+
+    def exact_by_gradient(self) -> float:
+        """The exact estimator, given each micro-batch's gradient by a hook."""
+        return self._exact(self.estimator.add_gradient, self.gradient)
+
+    def exact_by_growth(self) -> float:
+        """The exact estimator, where only ``main_grad`` is visible."""
+        return self._exact(self.estimator.add_growth, self.main_grads)
+
+    def _exact(self, add: Callable[[int, int, Tensor], None], grads: Sequence[Tensor]) -> float:
+        def add_all(domain: int) -> None:
+            for index, grad in enumerate(grads):
+                add(index, domain, grad)
+
+        seconds = self.clock(self.estimator.begin_step)
+        for domain in self._micro_batches():
+            seconds += self.clock(lambda: add_all(domain))  # noqa: B023 - runs at once
+        return seconds + self.clock(self.estimator.products)
+
+    def candidates(self) -> Candidates:
+        """What is compared; the published way comes first."""
+        return {
+            "published": self.published,
+            "exact, by gradient": self.exact_by_gradient,
+            "exact, by growth": self.exact_by_growth,
+        }
+
+
+def measure(candidates: Candidates, rounds: int) -> list[dict[str, Any]]:
+    """Median, 10% and 90% quantiles of each, and the median ratio to the first of its round."""
+    for run in candidates.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            times[name].append(run())
+    first = times[next(iter(candidates))]
+    rows = []
+    for name, own in times.items():
+        deciles = statistics.quantiles(own, n=10, method="inclusive")
+        ratios = [a / b for a, b in zip(own, first, strict=True)]
+        rows.append(
+            {
+                "what": name,
+                "median_s": statistics.median(own),
+                "p10_s": deciles[0],
+                "p90_s": deciles[-1],
+                "ratio": statistics.median(ratios),
+            }
+        )
+    return rows
+
+
+def show(title: str, rows: list[dict[str, Any]], num_bytes: int | None) -> None:
+    """Print one table; with num_bytes, also the rate at which they were read."""
+    print(f"\n{title}")
+    rate = "   GB/s" if num_bytes else ""
+    print(f"  {'':20} {'median ms':>10} {'p10':>9} {'p90':>9} {'ratio':>7}{rate}")
+    for row in rows:
+        times = [1e3 * row[key] for key in ("median_s", "p10_s", "p90_s")]
+        line = f"  {row['what']:20} {times[0]:10.3f} {times[1]:9.3f} {times[2]:9.3f}"
+        line += f" {row['ratio']:7.2f}"
+        print(line + (f" {num_bytes / row['median_s'] / 1e9:6.1f}" if num_bytes else ""))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The hardware and versions that the figures belong to."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "cpus": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": psutil.getloadavg()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fused_kernels": ops.has_fused_kernels(device.type),
+    }
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device, and on the host for the published way."""
+    host = psutil.virtual_memory().available
+    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--domains", type=int, nargs="+", default=[7, 22, 64], metavar="K")
+    parser.add_argument(
+        "--numbers",
+        type=float,
+        nargs="+",
+        default=[1e6],
+        metavar="P",
+        help="numbers of a gradient, e.g. 1e6 1e7 5e7 (default: 1e6)",
+    )
+    parser.add_argument("--micro-batches", type=int, default=18, help="per step and rank")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    options = parser.parse_args(arguments)
+    for name in ("micro_batches", "rounds"):
+        if getattr(options, name) < 2:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; at least 2")
+    if min(options.numbers) < 3 or not 1 <= min(options.domains) <= max(options.domains) <= 256:
+        parser.error("--numbers must be at least 3 each, --domains 1 to 256")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no CUDA device")
+    return options
+
+
+def benchmark(K: int, P: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Both tables for one shape."""
+    G = torch.randn(K, P, device=device).to(getattr(torch, options.dtype))
+    operators = measure(operator_candidates(G, Clock(device)), options.rounds)
+    show(f"operators, K={K}, P={P:,}, {options.dtype}", operators, G.nbytes)
+    del G
+    path = RewardPath(K, P, options.micro_batches, device)
+    rewards = measure(path.candidates(), max(2, options.rounds // 3))
+    for row in rewards:
+        row["speedup"] = 1 / row["ratio"]
+    show(f"reward path of {options.micro_batches} micro-batches, K={K}, P={P:,}", rewards, None)
+    print(f"  reduced per step: {path.estimator.packed_bytes:,} bytes")
+    return {
+        "domains": K,
+        "numbers": P,
+        "operators": operators,
+        "reward_path": rewards,
+        "packed_bytes": path.estimator.packed_bytes,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; see ``--help``."""
+    options = parse_arguments(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    report: dict[str, Any] = {"machine": machine(device), "shapes": []}
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    for P in (int(number) for number in options.numbers):
+        for K in options.domains:
+            needed = 3 * K * P * 4 + 10 * P * 4
+            if needed > free_bytes(device) // 2:
+                print(f"\nK={K}, P={P:,}: left out, it takes {needed / 2**30:.1f} GiB of memory")
+                continue
+            report["shapes"].append(benchmark(K, P, options, device))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
