@@ -39,8 +39,8 @@ for layout in tensor data pipeline; do
   # shellcheck disable=SC2086  # a layout is several words
   "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_acodm.train \
     --data-path "$output/train/manifest.json" --valid-data-path "$output/val/manifest.json" \
-    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 \
-    --micro-batch-size 4 --global-batch-size 64 --train-iters 300 --lr 2e-3 --min-lr 2e-4 \
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 \
+    --micro-batch-size 2 --global-batch-size 32 --train-iters 300 --lr 2e-3 --min-lr 2e-4 \
     --lr-warmup-fraction 0.05 --eval-interval 300 --eval-iters 1 --log-interval 50 \
     --data-cache-path "$output/cache" --run-dir "$run" ${layouts[$layout]} "$@"
   "$python" -m megatron_acodm.report "$run"

@@ -25,7 +25,7 @@ fi
 if [ ! -f $out/tokenizer.model ]; then
   say "tokenizer: training sentencepiece on it"
   "$bin/python" tools/train_tokenizer.py \
-    --input $out/corpus/train.jsonl.zst --output $out/tokenizer.model
+    --input $out/corpus/train.jsonl.zst --output $out/tokenizer.model --vocab-size 4096
 fi
 
 for part in train valid; do
@@ -45,8 +45,8 @@ if [ "$(cat $out/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null)" != 
     -m megatron_acodm.train \
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 \
     --seq-length 256 --max-position-embeddings 256 \
-    --micro-batch-size 4 --global-batch-size 64 --train-iters $steps \
-    --lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction 0.05 \
+    --micro-batch-size 4 --global-batch-size 48 --train-iters $steps \
+    --lr 3e-3 --min-lr 3e-4 --lr-warmup-fraction 0.05 \
     --tensor-model-parallel-size $processes \
     --data-path $out/data/train/manifest.json --valid-data-path $out/data/valid/manifest.json \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model $out/tokenizer.model \

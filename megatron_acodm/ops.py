@@ -25,8 +25,10 @@ _SCHEMAS = {
     "accumulate_domain_grad_": "(Tensor(a!) row, Tensor main_grad, Tensor(b!) seen) -> ()",
 }
 _DTYPES = (torch.float32, torch.bfloat16)
-# Columns that the reference converts to float64 at a time: bounds its memory.
-_REFERENCE_COLUMNS = 65536
+# Numbers that the reference converts to float64 at a time, which bounds its memory: what fits a
+# processor's cache, or keeps a GPU busy.
+_REFERENCE_NUMBERS_CPU = 1 << 15
+_REFERENCE_NUMBERS_GPU = 1 << 22
 
 
 def domain_alignment(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +82,8 @@ def domain_alignment_reference(G: Tensor) -> tuple[Tensor, Tensor]:
     _check_alignment_input(G)
     W = G.new_zeros(G.shape[0], dtype=torch.float64)
     sq_norm = torch.zeros_like(W)
-    for block in G.split(_REFERENCE_COLUMNS, dim=1):
+    numbers = _REFERENCE_NUMBERS_CPU if G.device.type == "cpu" else _REFERENCE_NUMBERS_GPU
+    for block in G.split(numbers // G.shape[0], dim=1):
         block = block.double()
         W += (block * (block.sum(0) - block)).sum(1)
         sq_norm += (block * block).sum(1)

@@ -37,7 +37,7 @@ def tiny_model(*arguments: str) -> TrainingModel:
         ]
     )
     check_arguments(args)
-    args.bf16, args.transformer_impl = False, "local"
+    args.bf16, args.transformer_impl = bool(args.bf16), "local"
     return build_model(args, VOCABULARY)
 
 

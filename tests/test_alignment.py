@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -93,12 +95,40 @@ def test_gradients_of_any_float_dtype_are_summed_in_float32(dtype):
     assert not estimator.rows.requires_grad
 
 
-def test_a_step_starts_from_zero():
+def test_nothing_of_one_step_is_left_in_the_next():
     estimator = ExactEstimator(numels(SHAPES), K, 4, "cpu")
-    add_all(estimator, micro_batches(seed=3, count=3))
+    add_all(estimator, micro_batches(seed=3, count=6))
     estimator.extra += 5
+    estimator.packed().mul_(2)  # the reduction of the first step
     estimator.begin_step()
     assert not estimator.packed().any()
+    add_all(estimator, micro_batches(seed=4, count=6))
+
+    estimator.begin_step()
+    step = micro_batches(seed=5, count=2)  # the last domain is not drawn
+    add_all(estimator, step)
+    assert not estimator.rows[K - 1].any()
+    torch.testing.assert_close(estimator.products()[0], reference(step)[0], rtol=1e-5, atol=1e-4)
+
+
+def test_a_gradient_that_was_not_finite_is_forgotten_with_its_step():
+    estimator = ExactEstimator([4], K, 0, "cpu")
+    estimator.add_gradient(0, 1, torch.full((4,), float("nan")))
+    assert estimator.products()[0].isnan().all()
+    for add in (estimator.add_gradient, estimator.add_growth):
+        estimator.begin_step()
+        add(0, 1, torch.ones(4))
+        assert estimator.products()[1].tolist() == [0.0, 4.0, 0.0]
+
+
+def test_reading_the_rows_in_the_middle_of_a_step_changes_nothing():
+    estimator = ExactEstimator(numels(SHAPES), K, 0, "cpu")
+    step = micro_batches(seed=6, count=7)
+    estimator.begin_step()
+    for i in range(7):
+        add_all(estimator, step[i : i + 1])
+        assert estimator.rows[i % K].any()
+    torch.testing.assert_close(estimator.products()[0], reference(step)[0], rtol=1e-5, atol=1e-4)
 
 
 def test_rows_and_extra_statistics_travel_in_one_buffer():
@@ -350,3 +380,28 @@ def test_a_sum_in_the_wrong_place_would_be_noticed(two_ranks, layout, seed, mist
 
 def test_extra_statistics_are_summed_with_the_rows(two_ranks):
     assert [results["DP"]["extra"].tolist() for results in two_ranks] == [[3.0], [3.0]]
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_writes_figures_of_ways_that_agree(tmp_path, capsys):
+    path = Path(__file__).resolve().parent.parent / "tools" / "benchmark_alignment.py"
+    spec = importlib.util.spec_from_file_location("benchmark_alignment", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    options = "--domains 3 --numbers 300 --micro-batches 4 --rounds 2 --json"
+    assert benchmark.main([*options.split(), str(tmp_path / "figures.json")]) == 0
+    assert "domain_alignment" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    (shape,) = figures["shapes"]
+    assert all(row["ratio"] > 0 for row in shape["operators"] + shape["reward_path"])
+    assert figures["machine"]["torch"] == torch.__version__
+
+    # The published way and ours are timed on the same work: they find the same products.
+    way = benchmark.RewardPath(3, 300, 4, torch.device("cpu"))
+    way.published()
+    expected = benchmark.published_products(way.matrix).double()
+    for exact in (way.exact_by_gradient, way.exact_by_growth):
+        exact()
+        torch.testing.assert_close(way.estimator.products()[0], expected, rtol=1e-5, atol=1e-3)

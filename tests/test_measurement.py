@@ -65,7 +65,8 @@ def _measure(
 def _reference(model: TrainingModel, batches: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Mean gradients ``[4, P]`` and losses ``[4]`` by domain, by plain autograd."""
     module = model.chunks[0].module
-    weights = [module.decoder.layers[i].mlp.linear_fc2.weight for i in (1, 3)]
+    layers = getattr(module, "module", module).decoder.layers  # bf16 adds a wrapper
+    weights = [layers[i].mlp.linear_fc2.weight for i in (1, 3)]
     gradients = np.zeros((4, sum(weight.numel() for weight in weights)))
     losses = np.zeros(4)
     for domain, text in zip(DOMAINS, batches, strict=True):
@@ -102,6 +103,17 @@ def test_alignment_and_losses_equal_the_float64_reference(arguments: tuple[str, 
     assert statistics.tokens.tolist() == [64, 32, 96, 0]
     for values in (statistics.alignment, statistics.grad_sq_norm, statistics.loss):
         assert np.isnan(values[3])
+
+
+def test_bfloat16_gradients_agree_to_their_precision() -> None:
+    model = tiny_model("--bf16")
+    batches = micro_batches(len(DOMAINS), seed=3)
+    gradients, _ = _reference(tiny_model("--bf16"), batches)
+    statistics = _measure(model, DOMAINS, batches)
+    gram = gradients @ gradients.T
+    expected = [sum(SHARE[j] * gram[i, j] for j in range(4) if j != i) for i in range(3)]
+    np.testing.assert_allclose(statistics.alignment[:3], expected, atol=0.01 * np.abs(gram).max())
+    np.testing.assert_allclose(statistics.grad_sq_norm[:3], np.diag(gram)[:3], rtol=0.02)
 
 
 def test_the_loss_scale_and_per_token_losses_do_not_change_the_scores() -> None:

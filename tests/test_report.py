@@ -96,14 +96,17 @@ class PageReader(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_complete(tmp_path: Path) -> None:
-    page = write_report(record(tmp_path, ["Books", "Code <&>"], 40)).read_text(encoding="utf-8")
+    awkward = "Code <&> $x_1$"
+    page = write_report(record(tmp_path, ["Books", awkward], 40)).read_text(encoding="utf-8")
     reader = PageReader(page)
     assert reader.headings == SECTIONS
     assert reader.references == []
     assert not re.search(r"@import|url\((?!#)", page)
-    assert "Code <&>" in reader.cells  # escaped in the page, as written in the browser
+    assert awkward in reader.cells  # escaped in the page, as written in the browser
     figures = svgs(page)
     assert len(figures) == 5
+    labels = [text.text or "" for text in figures[0].iter(f"{SVG}text")]
+    assert any(label.startswith(awkward) for label in labels)
     all_ids = [name for figure in figures for name in ids(figure) if name]
     assert len(set(all_ids)) == len(all_ids)
     for plot in ("weights", "training-loss", "rewards", "validation-perplexity"):

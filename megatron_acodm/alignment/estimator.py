@@ -53,16 +53,25 @@ class Estimator(ABC):
                 f"row_length is {row_length} and num_extra {num_extra}; neither may be negative"
             )
         self.num_domains = num_domains
-        self._size = num_domains * row_length
-        self._packed = torch.zeros(self._size + num_extra, dtype=torch.float32, device=device)
-        self.rows = self._packed[: self._size].view(num_domains, row_length)
-        """[K, row_length] float32: what each domain's gradient amounts to so far."""
-        self.extra = self._packed[self._size :]
+        size = num_domains * row_length
+        self._packed = torch.zeros(size + num_extra, dtype=torch.float32, device=device)
+        self._rows = self._packed[:size].view(num_domains, row_length)
+        self.extra = self._packed[size:]
         """[num_extra] float32: the caller's own statistics of the step."""
 
+    @abstractmethod
     def begin_step(self) -> None:
         """Forget the last step: rows and extra numbers are zero again."""
-        self._packed.zero_()
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Make what ``_rows`` holds readable, whatever a subclass has put off until now."""
+
+    @property
+    def rows(self) -> Tensor:
+        """[K, row_length] float32: what each domain's gradient amounts to so far."""
+        self._settle()
+        return self._rows
 
     @abstractmethod
     def add_gradient(self, index: int, domain: int, grad: Tensor) -> None:
@@ -95,6 +104,7 @@ class Estimator(ABC):
 
     def packed(self) -> Tensor:
         """Rows and extra numbers as one flat float32 tensor, to be summed over DP×CP in place."""
+        self._settle()
         return self._packed
 
     @property

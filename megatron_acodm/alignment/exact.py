@@ -20,6 +20,10 @@ class ExactEstimator(Estimator):
     that the kernels load aligned and the rows of a column do not compete for the same places in
     a cache. The numbers in between stay zero.
 
+    The first gradient of a step that a row receives from a parameter overwrites what the last
+    step left there; what received none is cleared when the rows are read. Clearing K×P numbers
+    and adding to them would cost as much as the products.
+
     ``add_growth`` keeps a copy of each ``main_grad`` that it is given, made at the first call.
 
     Args:
@@ -46,33 +50,53 @@ class ExactEstimator(Estimator):
             lines += 1
         super().__init__(num_domains, lines * _CACHE_LINE, num_extra, device)
         self._numels = list(numels)
-        # [parameter][domain]: where a parameter's gradient of a domain is summed.
+        # [parameter][domain]: where a parameter's gradient of a domain is summed, and whether
+        # what is there belongs to this step.
         self._targets = [
-            list(self.rows[:, start : start + numel])
+            list(self._rows[:, start : start + numel])
             for start, numel in zip(starts, numels, strict=True)
         ]
+        self._current = [[True] * num_domains for _ in self._numels]
         self._seen: list[Tensor | None] = [None] * len(self._numels)
 
     def begin_step(self) -> None:
         """Forget the last step, with what was seen of each ``main_grad``."""
-        super().begin_step()
+        self.extra.zero_()
+        for current in self._current:
+            current[:] = [False] * self.num_domains
         for seen in self._seen:
             if seen is not None:
                 seen.zero_()
 
     def add_gradient(self, index: int, domain: int, grad: Tensor) -> None:
         """See ``Estimator.add_gradient``."""
-        self._target(index, domain, grad).add_(grad.detach().reshape(-1))
+        self._check(index, domain, grad)
+        target, grad = self._targets[index][domain], grad.detach().reshape(-1)
+        if self._current[index][domain]:
+            target.add_(grad)
+        else:
+            target.copy_(grad)
+            self._current[index][domain] = True
 
     def add_growth(self, index: int, domain: int, main_grad: Tensor) -> None:
         """See ``Estimator.add_growth``."""
-        target = self._target(index, domain, main_grad)
-        seen = self._seen[index]
+        self._check(index, domain, main_grad)
+        target, seen = self._targets[index][domain], self._seen[index]
         if seen is None:
             seen = self._seen[index] = torch.zeros_like(main_grad)
+        if not self._current[index][domain]:
+            target.zero_()
+            self._current[index][domain] = True
         accumulate_domain_grad_(target, main_grad.detach(), seen)
 
-    def _target(self, index: int, domain: int, grad: Tensor) -> Tensor:
+    def _settle(self) -> None:
+        for targets, current in zip(self._targets, self._current, strict=True):
+            for domain in range(self.num_domains):
+                if not current[domain]:
+                    targets[domain].zero_()
+                    current[domain] = True
+
+    def _check(self, index: int, domain: int, grad: Tensor) -> None:
         if not 0 <= domain < self.num_domains:
             raise ValueError(f"domain {domain} of a micro-batch is not in [0, {self.num_domains})")
         if grad.numel() != self._numels[index]:
@@ -80,7 +104,6 @@ class ExactEstimator(Estimator):
                 f"the gradient of selected parameter {index} holds {grad.numel()} numbers, the "
                 f"parameter {self._numels[index]}"
             )
-        return self._targets[index][domain]
 
 
 ESTIMATORS["exact"] = ExactEstimator

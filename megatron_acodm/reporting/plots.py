@@ -41,6 +41,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _INK,
+    "text.parse_math": False,  # a dollar in a domain's name is a dollar
     "axes.labelcolor": _INK,
     "axes.edgecolor": "#afb8c1",
     "axes.spines.top": False,
