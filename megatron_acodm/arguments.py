@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from typing import Any
 
 from megatron_acodm.config import POLICIES, AcodmConfig
@@ -162,11 +163,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     positive = ("num_layers", "hidden_size", "num_attention_heads", "seq_length",
                 "micro_batch_size", "global_batch_size", "train_iters", "log_interval",
+                "make_vocab_size_divisible_by",
                 "tensor_model_parallel_size", "pipeline_model_parallel_size")  # fmt: skip
     for name in positive:
         if getattr(args, name) < 1:
             raise ValueError(f"{_flag(name)} is {getattr(args, name)}; it must be at least 1")
-    for name in ("num_workers", "eval_interval", "eval_iters"):
+    args.data_cache_path = args.data_cache_path or os.path.join(args.run_dir, "cache")
+    for name in ("num_workers", "seed", "eval_interval", "eval_iters"):
         if getattr(args, name) < 0:
             raise ValueError(f"{_flag(name)} is {getattr(args, name)}; it must not be negative")
     for name in ("save_interval", "exit_interval"):
@@ -183,6 +186,15 @@ def check_arguments(args: argparse.Namespace) -> None:
                     "micro_batch_size", args.micro_batch_size)  # fmt: skip
     if args.sequence_parallel and tp == 1:
         raise ValueError("--sequence-parallel needs --tensor-model-parallel-size above 1")
+    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    _check_multiple("ffn_hidden_size", args.ffn_hidden_size, "tensor_model_parallel_size", tp)
+    if not 0 <= args.lr_warmup_fraction < 1:
+        raise ValueError(
+            f"--lr-warmup-fraction is {args.lr_warmup_fraction}; it must lie in [0, 1)"
+        )
+    _check_split(args.split)
+    if args.exit_interval and not args.save:
+        raise ValueError("--exit-interval saves before it stops; give a folder with --save")
     if args.min_lr > args.lr:
         raise ValueError(f"--min-lr is {args.min_lr}, above --lr {args.lr}; lower it")
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
@@ -204,9 +216,20 @@ def check_batch(args: argparse.Namespace, world_size: int) -> None:
     if args.global_batch_size % per_round != 0:
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
-            f"x data-parallel size = {args.micro_batch_size} x {data_size} = {per_round}; the "
-            f"nearest that fit are {args.global_batch_size // per_round * per_round or per_round} "
-            f"and {(args.global_batch_size // per_round + 1) * per_round}"
+            f"x data-parallel size = {args.micro_batch_size} x {data_size} = {per_round}; the next "
+            f"that fits is {(args.global_batch_size // per_round + 1) * per_round}"
+        )
+
+
+def _check_split(split: str) -> None:
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] == 0:
+        raise ValueError(
+            f"--split is {split!r}; give up to three shares such as 98,2,0 (train, validation, "
+            "test), none negative and some for training"
         )
 
 

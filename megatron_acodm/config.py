@@ -36,13 +36,13 @@ class AgentConfig:
     actor_lr: float = 1e-4
     """Adam learning rate of the actor."""
 
-    critic_lr: float = 1e-3
+    critic_lr: float = 3e-4
     """Adam learning rate of the critic."""
 
     gamma: float = 0.95
     """Discount of the next state's value (paper: 0.95)."""
 
-    tau: float = 0.005
+    tau: float = 0.001
     """Share of the online networks that the targets take over at each update (paper: 0.001)."""
 
     replay_capacity: int = 10_000
@@ -50,6 +50,9 @@ class AgentConfig:
 
     replay_batch_size: int = 32
     """Transitions per update (paper: 32)."""
+
+    replay_recency: float = 3.0
+    """How much newer transitions are preferred: age = size * u^recency (1: uniform, the paper)."""
 
     exploration_std: float = 0.02
     """Standard deviation of the noise added to the weights while exploring (paper: 0.02)."""
@@ -78,6 +81,10 @@ class AgentConfig:
             _require(value > 0, f"agent.{name} is {value}; it must be positive")
         for name in ("gamma", "tau", "reward_smoothing", "exploration_fraction"):
             _require_in_range(f"agent.{name}", getattr(self, name), 0.0, 1.0)
+        _require(
+            self.replay_recency >= 1.0,
+            f"agent.replay_recency is {self.replay_recency}; it must be at least 1 (uniform)",
+        )
         _require_in_range("agent.exploration_std", self.exploration_std, 0.0, 1.0)
         _require(
             self.replay_batch_size <= self.replay_capacity,
@@ -138,8 +145,12 @@ class BlendingConfig:
     loading never waits for the agent.
     """
 
-    stage_timeout_s: float = 600.0
-    """How long a data-loading worker waits for a stage that is not decided yet."""
+    stage_timeout_s: float = 3600.0
+    """How long a data-loading worker waits for a stage that is not decided yet.
+
+    Workers end at once with the training process; this bounds a training process that hangs, and
+    must exceed the longest pause between steps (a validation, a checkpoint).
+    """
 
     def __post_init__(self) -> None:
         _require_in_range("blending.decision_lag", self.decision_lag, 0, 64)
@@ -247,10 +258,30 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         )
         if key in _SECTIONS:
             value = _build(_SECTIONS[key], value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            value = tuple(value)
+        else:
+            value = _checked(value, str(fields[key].type), prefix + key)
         arguments[key] = value
-    try:
-        return cls(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{prefix or 'config'}: a value has the wrong type: {error}") from error
+    return cls(**arguments)
+
+
+def _checked(value: Any, annotation: str, name: str) -> Any:
+    """``value`` as a field of this annotation takes it.
+
+    Raises:
+        ValueError: when it is of another type.
+    """
+    kind = annotation.removesuffix(" | None")
+    if value is None and kind != annotation:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "int" and is_number and value == int(value):
+        return int(value)
+    if kind == "float" and is_number:
+        return float(value)
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind == "tuple[float, ...]" and isinstance(value, (list, tuple)):
+        return tuple(_checked(item, "float", name) for item in value)
+    if kind == "dict[str, float]" and isinstance(value, dict):
+        return {str(key): _checked(item, "float", f"{name}.{key}") for key, item in value.items()}
+    raise ValueError(f"{name} is {value!r}; it must be of type {kind}")

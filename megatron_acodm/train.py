@@ -7,69 +7,71 @@ import os
 import sys
 import time
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from megatron_acodm.arguments import build_parser, check_arguments, check_batch
+from megatron_acodm.arguments import acodm_config, build_parser, check_arguments, check_batch
+
+if TYPE_CHECKING:
+    from megatron_acodm.megatron.trainer import Trainer
+
+_HEAD_START_S = 2.0
+"""How long other ranks let rank 0 speak first: torchrun ends them when it exits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says; exits non-zero with one message when it cannot."""
-    parser = build_parser()
-    if _rank() != 0:
-        parser.print_usage = lambda file=None: None  # type: ignore[method-assign]
-        parser.exit = _exit_quietly  # type: ignore[method-assign]
-    args = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.WARNING if _rank() == 0 else logging.ERROR,
-        format="%(levelname)s: %(message)s",
-    )
+    args = _parse(build_parser(), arguments)
+    level = logging.INFO if _rank() == 0 else logging.ERROR
+    logging.basicConfig(level=max(level, logging.WARNING), format="%(levelname)s: %(message)s")
+    logging.getLogger("megatron_acodm").setLevel(level)
     # Megatron warns on import of everything that is not installed, on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    logging.getLogger("megatron_acodm").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+    from megatron_acodm.megatron.compat import UnsupportedHostError
+
     try:
-        _run(args)
-    except (ValueError, OSError, _host_error()) as error:
-        _fail(error)
+        trainer = _set_up(args)
+    except (ValueError, OSError, UnsupportedHostError) as error:
+        _fail(f"error: rank {_rank()}: {error}")
+    trainer.train()
+    if _rank() == 0:
+        from megatron_acodm.report import closing_table
+
+        print(closing_table(args.run_dir))
+    import torch
+
+    torch.distributed.destroy_process_group()
 
 
-def _run(args) -> None:  # type: ignore[no-untyped-def]
+def _set_up(args: Namespace) -> Trainer:
     check_arguments(args)
     check_batch(args, int(os.environ.get("WORLD_SIZE", "1")))
-    _check_mixing(args)
-    args.data_cache_path = args.data_cache_path or os.path.join(args.run_dir, "cache")
+    config = acodm_config(args)
 
     from megatron_acodm.megatron.compat import check_host_version
     from megatron_acodm.megatron.groups import initialize_distributed
 
     check_host_version()
-    import torch
-
-    if args.bf16 is None:
-        args.bf16 = torch.cuda.is_available()
     initialize_distributed(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         args.seed,
         args.distributed_timeout_minutes,
     )
-    from megatron_acodm.megatron.model import default_transformer_impl
+    from megatron_acodm.megatron.model import check_installation
     from megatron_acodm.megatron.sources import resolve_sources
     from megatron_acodm.megatron.trainer import Trainer
 
-    args.transformer_impl = args.transformer_impl or default_transformer_impl()
-    Trainer(args, resolve_sources(args)).train()
-    if _rank() == 0:
-        from megatron_acodm.report import closing_table
-
-        print(closing_table(args.run_dir))
-    torch.distributed.destroy_process_group()
+    check_installation(args)
+    return Trainer(args, config, resolve_sources(args))
 
 
-def _check_mixing(args) -> None:  # type: ignore[no-untyped-def]
-    from megatron_acodm.arguments import acodm_config
-
-    acodm_config(args)  # raises for a bad value before anything is started
+def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
+    if _rank() != 0:
+        parser.print_usage = lambda file=None: None  # type: ignore[method-assign]
+        parser.exit = _exit_quietly  # type: ignore[method-assign]
+    return parser.parse_args(arguments)
 
 
 def _rank() -> int:
@@ -78,20 +80,15 @@ def _rank() -> int:
 
 def _exit_quietly(status: int = 0, message: str | None = None) -> NoReturn:
     del message
+    time.sleep(_HEAD_START_S)
     sys.exit(status)
 
 
-def _host_error() -> type[Exception]:
-    from megatron_acodm.megatron.compat import UnsupportedHostError
-
-    return UnsupportedHostError
-
-
-def _fail(error: Exception) -> NoReturn:
+def _fail(message: str) -> NoReturn:
     """Print the error once for all ranks and leave at once, whatever peers are waiting for."""
     if _rank() != 0:
-        time.sleep(2)  # when rank 0 fails alike, its message is enough: torchrun ends this rank
-    print(f"error: rank {_rank()}: {error}", file=sys.stderr, flush=True)
+        time.sleep(_HEAD_START_S)
+    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
 

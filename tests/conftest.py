@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the CPU's; see tools/ for GPU checks
 REPOSITORY = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 TINY_MODEL = [
     *("--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4"),
@@ -92,6 +93,18 @@ class Run:
 
 
 Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def learning(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A config under which the agent learns and explores from the third step on."""
+    path = tmp_path_factory.mktemp("config") / "learning.yaml"
+    path.write_text(
+        "mixing:\n  policy: acodm\n  initial_weights: uniform\n  agent: {replay_batch_size: 2, "
+        "exploration_fraction: 1.0, actor_lr: 0.01, reward_smoothing: 0.5}\n",
+        encoding="utf-8",
+    )
+    return str(path)
 
 
 @pytest.fixture(scope="session")

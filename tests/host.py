@@ -33,6 +33,7 @@ def tiny_model(*arguments: str) -> TrainingModel:
             *("--num-layers", "4", "--hidden-size", "16", "--num-attention-heads", "2"),
             *("--seq-length", str(SEQUENCE), "--micro-batch-size", "2"),
             *("--global-batch-size", "12", "--train-iters", "10", "--run-dir", "unused"),
+            *("--lr", "1e-2", "--lr-warmup-fraction", "0"),
             *("--data-path", "unused", "--make-vocab-size-divisible-by", "64", *arguments),
         ]
     )

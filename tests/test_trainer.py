@@ -13,18 +13,19 @@ LAYOUTS = {
     "tensor parallel": (2, ["--tensor-model-parallel-size", "2"]),
     "data parallel": (2, []),
     "pipeline parallel": (2, ["--pipeline-model-parallel-size", "2"]),
+    "distributed optimizer": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce"]),
 }
 STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def runs(train: Train) -> dict[str, Run]:
+def runs(train: Train, learning: str) -> dict[str, Run]:
     """One short run a layout, all from the same seed."""
     finished = {}
     for name, (processes, arguments) in LAYOUTS.items():
         finished[name] = train(
             *("--train-iters", str(STEPS), "--eval-interval", str(STEPS), "--eval-iters", "1"),
-            *("--acodm-policy", "acodm", "--acodm-initial-weights", "uniform", *arguments),
+            *("--acodm-config", learning, *arguments),
             processes=processes,
         )
         assert finished[name].code == 0, finished[name].output
@@ -64,7 +65,7 @@ def test_training_and_validation_loss_fall(runs: dict[str, Run], layout: str) ->
     assert runs[layout].steps[-1]["lm_loss"] < runs[layout].steps[0]["lm_loss"]
 
 
-@pytest.mark.parametrize("layout", ["tensor parallel", "data parallel"])
+@pytest.mark.parametrize("layout", ["tensor parallel", "data parallel", "distributed optimizer"])
 def test_losses_rewards_and_decisions_do_not_depend_on_the_layout(
     runs: dict[str, Run], layout: str
 ) -> None:
@@ -105,12 +106,14 @@ def test_other_policies_train(train: Train, policy: str) -> None:
             assert len({d["weight"] for d in line["domains"].values()}) == 3
 
 
-def test_lag_and_loading_workers_change_the_decisions_not_the_bookkeeping(train: Train) -> None:
-    arguments = ("--train-iters", "5", "--eval-interval", "0", "--acodm-decision-lag")
-    inline = train(*arguments, "0")
-    workers = train(*arguments, "0", "--num-workers", "2")
+def test_loading_workers_wait_for_decisions_and_load_the_same_samples(
+    train: Train, learning: str
+) -> None:
+    arguments = ("--train-iters", "5", "--eval-interval", "0", "--acodm-config", learning)
+    inline = train(*arguments, "--acodm-decision-lag", "0")
+    workers = train(*arguments, "--acodm-decision-lag", "0", "--num-workers", "2")
     assert inline.code == 0 and workers.code == 0, inline.output + workers.output
-    # With no lag, workers must wait for each stage, and then load the very same samples.
+    # Without a lag, workers must wait for each stage.
     for alone, loaded in zip(inline.steps, workers.steps, strict=True):
         assert alone["lm_loss"] == loaded["lm_loss"]
         assert alone["domains"] == loaded["domains"]

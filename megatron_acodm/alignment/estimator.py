@@ -44,7 +44,7 @@ class Estimator(ABC):
         num_extra: int,
         device: torch.device | str,
     ) -> None:
-        if not 1 <= num_domains <= MAX_DOMAINS:
+        if num_domains < 1 or (row_length > 0 and num_domains > MAX_DOMAINS):
             raise ValueError(
                 f"there are {num_domains} domains; alignment is measured between 1 to {MAX_DOMAINS}"
             )
@@ -119,6 +119,9 @@ class Estimator(ABC):
             W: [K] float64, the product of each row with the sum of the others.
             sq_norm: [K] float64, the squared norm of each row.
         """
+        if self.rows.numel() == 0:
+            W = self.rows.new_zeros(self.num_domains, dtype=torch.float64)
+            return W, W.clone()
         return domain_alignment(self.rows)
 
 

@@ -10,26 +10,40 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.model import TrainingModel
-from megatron_acodm.megatron.sidecar import FOLDER, load_sidecar, save_sidecar
+from megatron_acodm.megatron.sidecar import load_sidecar, refuse_differences, save_sidecar
 
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_FINGERPRINT = "acodm_run"
 
 
 def _folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
+def _set_aside(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
 def save_checkpoint(
-    root: str | Path, iteration: int, model: TrainingModel, mixer: Mixer | None
+    root: str | Path,
+    iteration: int,
+    model: TrainingModel,
+    mixer: Mixer | None,
+    fingerprint: dict[str, Any],
 ) -> Path:
-    """Save and announce the checkpoint of a finished iteration; collective."""
+    """Save and announce the checkpoint of a finished iteration; collective.
+
+    ``fingerprint`` is what a run that loads it must have in common with this one.
+    """
     from megatron.core import dist_checkpointing
 
     final = _folder(Path(root), iteration)
@@ -38,7 +52,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(model.sharded_state(iteration, is_loading=False), str(partial))
+    state = model.sharded_state(iteration, is_loading=False)
+    dist_checkpointing.save({**state, _FINGERPRINT: fingerprint}, str(partial))
     if mixer is not None:
         save_sidecar(mixer, partial, iteration)
     dist.barrier()
@@ -50,13 +65,10 @@ def save_checkpoint(
 
 def _announce(partial: Path, final: Path, iteration: int) -> None:
     if final.exists():  # the same iteration, saved by an earlier run into this folder
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old)
-    else:
-        partial.rename(final)
+        shutil.rmtree(_set_aside(final), ignore_errors=True)
+        final.rename(_set_aside(final))
+    partial.rename(final)
+    shutil.rmtree(_set_aside(final), ignore_errors=True)
     tracker = final.parent / TRACKER
     temporary = tracker.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -79,6 +91,8 @@ def latest_iteration(root: str | Path) -> int | None:
     if not text.isdigit():
         raise ValueError(f"{tracker} holds {text!r}, not an iteration; correct it by hand")
     folder = _folder(Path(root), int(text))
+    if not folder.is_dir() and _set_aside(folder).is_dir():  # killed while it was replaced
+        _set_aside(folder).rename(folder)
     if not folder.is_dir():
         raise ValueError(
             f"{tracker} announces iteration {text}, but {folder} does not exist; restore it or "
@@ -87,7 +101,9 @@ def latest_iteration(root: str | Path) -> int | None:
     return int(text)
 
 
-def load_checkpoint(root: str | Path, model: TrainingModel, mixer: Mixer | None) -> int:
+def load_checkpoint(
+    root: str | Path, model: TrainingModel, mixer: Mixer | None, fingerprint: dict[str, Any]
+) -> int:
     """Load the announced checkpoint, if any; collective.
 
     Returns:
@@ -97,21 +113,28 @@ def load_checkpoint(root: str | Path, model: TrainingModel, mixer: Mixer | None)
         ValueError: when the checkpoint does not fit this run.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
 
+    if dist.get_rank() == 0:
+        latest_iteration(root)  # may rename a folder, which one rank must do alone
+    dist.barrier()
     iteration = latest_iteration(root)
     if iteration is None:
         return 0
     folder = _folder(Path(root), iteration)
-    if mixer is None and (folder / FOLDER).is_dir():
+    saved = dist_checkpointing.load_common_state_dict(str(folder)).get(_FINGERPRINT)
+    if saved is None:
         raise ValueError(
-            f"{folder} was saved under a policy, whose ledger says which samples were drawn; "
-            "without a policy, Megatron's static blend would draw some of them again: give the "
-            "policy it was saved with"
+            f"{folder} does not say which samples its run drew: it was not saved by this trainer"
         )
-    if mixer is not None and not load_sidecar(mixer, folder, iteration):
+    refuse_differences(folder, saved, fingerprint)
+    if mixer is not None:
+        load_sidecar(mixer, folder, iteration)
+    try:
+        state = dist_checkpointing.load(model.sharded_state(0, is_loading=True), str(folder))
+    except (CheckpointingException, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]  # torch puts every rank's traceback before
         raise ValueError(
-            f"{folder} has no 'acodm' folder: it was saved without a policy, and says nothing "
-            "about which samples were drawn; resume it with --acodm-policy none"
-        )
-    state = dist_checkpointing.load(model.sharded_state(0, is_loading=True), str(folder))
+            f"{folder} does not fit this model: {reason}; give the settings it was saved with"
+        ) from error
     return model.load_state(state)

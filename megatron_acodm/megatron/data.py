@@ -90,6 +90,9 @@ def build_validation_datasets(
             if high > low
             else None
         )
+    for dataset in filter(None, datasets):
+        # GPTDataset caches its first sample's loss mask, which may be that of the padded one.
+        dataset.masks_and_position_ids_are_cacheable = False
     sizes = [0 if dataset is None else len(dataset) for dataset in datasets]
     message = [sizes]
     dist.broadcast_object_list(message, src=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -50,8 +51,8 @@ class ParallelGroups:
         )
 
 
-def check_layout() -> None:
-    """Refuse the parallel layouts in which gradients cannot be attributed to domains yet.
+def check_layout(model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Refuse the layouts in which gradients or weights cannot be measured yet.
 
     Raises:
         ValueError: naming the layout.
@@ -70,6 +71,18 @@ def check_layout() -> None:
             raise ValueError(
                 f"{name} of size {size} is not supported with an online policy; set it to 1"
             )
+    for chunk in model_chunks:
+        config = getattr(chunk, "ddp_config", None)
+        if config is None or config.use_megatron_fsdp:
+            raise ValueError(
+                f"the model is wrapped in {type(chunk).__name__}; an online policy measures "
+                "gradients under Megatron's DistributedDataParallel only (no FSDP)"
+            )
+        if config.overlap_param_gather:
+            raise ValueError(
+                "--overlap-param-gather is not supported with an online policy: a step's new "
+                "weights are not yet on every rank when it ends; remove the flag"
+            )
 
 
 def initialize_distributed(
@@ -77,11 +90,8 @@ def initialize_distributed(
     pipeline_model_parallel_size: int,
     seed: int,
     timeout_minutes: float,
-) -> torch.device:
+) -> None:
     """Start torch.distributed and Megatron's parallel state under torchrun.
-
-    Returns:
-        The device of this rank.
 
     Raises:
         ValueError: when the number of processes does not fit the parallel sizes.
@@ -99,11 +109,9 @@ def initialize_distributed(
     from megatron.core import parallel_state, tensor_parallel
 
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
     else:
-        device = torch.device("cpu")
         backend = "gloo"
     for name, value in {
         "MASTER_ADDR": "127.0.0.1",
@@ -122,4 +130,3 @@ def initialize_distributed(
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
-    return device

@@ -83,9 +83,8 @@ class StepMeasurement:
     @property
     def reduced_bytes(self) -> int:
         """Bytes that this rank puts into the two reductions of a step."""
-        packed = self.estimator.packed()
         vector = 4 * self._num_domains + 3 * self._num_probes + 1
-        return packed.numel() * packed.element_size() + 8 * vector
+        return self.estimator.packed_bytes + 8 * vector
 
     def begin(self, domains: Sequence[int], grad_scale: torch.Tensor, per_token: bool) -> None:
         """Start a step whose micro-batches on this rank are of the given domains, in order.
@@ -146,25 +145,26 @@ class StepMeasurement:
                 self.estimator.extra[self._num_domains + domain] += tokens
         self.seconds += time.perf_counter() - start
 
-    def around_finalize(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
+    def around_finalize(self, finalize: Callable[..., None] | None) -> Callable[..., None]:
         """Wrap the host's ``finalize_model_grads``: our reduction runs while the host's does."""
+        host = finalize or (lambda *args, **kwargs: None)
 
-        @functools.wraps(finalize)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(host)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
             if not self._active:
-                return finalize(*args, **kwargs)
+                return host(*args, **kwargs)
             start = time.perf_counter()
             self._check_complete()
             work = dist.all_reduce(self.estimator.packed(), group=self._groups.data, async_op=True)
             self.seconds += time.perf_counter() - start
-            result = finalize(*args, **kwargs)
+            host(*args, **kwargs)
             start = time.perf_counter()
             work.wait()
             for probe in self._probes:
                 probe.before_update()
             self._reduced = True
             self.seconds += time.perf_counter() - start
-            return result
+            return None
 
         return wrapped
 

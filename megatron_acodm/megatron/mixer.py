@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -152,7 +153,7 @@ class Mixer:
                 "no training dataset was built under the mixer; patch before the datasets are "
                 "built, and train on --data-path or --train-data-path"
             )
-        check_layout()
+        check_layout(model_chunks)
         self._groups = ParallelGroups.from_parallel_state()
         self._model_config = get_model_config(model_chunks[0])
         per_step = self.run.micro_batch_size * self._groups.data_size
@@ -277,6 +278,9 @@ class Mixer:
             "domains": self.domains,
             "sequences per epoch": self.sizes,
             "policy": self.config.mixing.policy,
+            "mixing.weights": self.config.mixing.weights,
+            # Rewards of other gradients must not be averaged with the saved ones.
+            "alignment": json.loads(json.dumps(asdict(self.config.alignment))),
             "decision lag": self.config.blending.decision_lag,
             **{
                 name.replace("_", " "): value

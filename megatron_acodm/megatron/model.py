@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ def build_model(args: Namespace, vocab_size: int) -> TrainingModel:
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=args.overlap_grad_reduce,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        check_for_nan_in_grad=False,  # a bad step is skipped or logged, never the end of a run
+        check_for_nan_in_grad=False,  # such a step is skipped instead, see below
     )
     chunk = DistributedDataParallel(config, ddp_config, module)
     chunk.broadcast_params()
@@ -90,7 +91,7 @@ def _transformer_config(args: Namespace) -> Any:
     return TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size or 4 * args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -138,10 +139,57 @@ def _gpt(args: Namespace, config: Any, vocab_size: int) -> torch.nn.Module:
     return module
 
 
-def default_transformer_impl() -> str:
-    """TransformerEngine's layers where they are installed and can run, else Megatron's own."""
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    return "transformer_engine" if has_te and torch.cuda.is_available() else "local"
+def _skip_updates_that_are_not_finite(optimizer: Any) -> None:
+    """Make ``step`` leave the weights alone when the gradient norm is NaN or Inf.
+
+    Without a loss scaler Megatron would clip by that norm and so end the model for good. The norm
+    is the same on every rank, so all of them skip.
+    """
+    get_grad_norm, apply_update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    norm = 0.0
+
+    def remembered_norm() -> float:
+        nonlocal norm
+        norm = get_grad_norm()
+        return norm
+
+    def step_with_ready_grads() -> bool:
+        return bool(math.isfinite(norm) and apply_update())
+
+    optimizer.get_grad_norm = remembered_norm
+    optimizer.step_with_ready_grads = step_with_ready_grads
+
+
+def check_installation(args: Namespace) -> None:
+    """Fill in the defaults that depend on what is installed, and refuse what needs more.
+
+    Raises:
+        ValueError: naming the flag and the package that it needs.
+    """
+    on_gpu = torch.cuda.is_available()
+    has_te, has_apex = (
+        importlib.util.find_spec(name) is not None for name in ("transformer_engine", "apex")
+    )
+    if args.bf16 is None:
+        args.bf16 = on_gpu
+    if args.transformer_impl is None:
+        args.transformer_impl = "transformer_engine" if has_te and on_gpu else "local"
+    if args.transformer_impl == "transformer_engine" and not has_te:
+        raise ValueError(
+            "--transformer-impl transformer_engine needs the package transformer-engine, which is "
+            "not installed; use --transformer-impl local"
+        )
+    if args.sequence_parallel and not (has_te or has_apex):
+        raise ValueError(
+            "--sequence-parallel needs the norms of transformer-engine or apex, neither of which "
+            "is installed; remove the flag"
+        )
+    if args.use_distributed_optimizer and (args.save or args.load) and not (has_te or has_apex):
+        raise ValueError(
+            "--use-distributed-optimizer with --save or --load needs the fused Adam of "
+            "transformer-engine or apex: Megatron-Core cannot restore torch's under it; remove "
+            "--use-distributed-optimizer, or the checkpoints"
+        )
 
 
 def _optimizer(args: Namespace, chunk: torch.nn.Module) -> tuple[Any, Any]:
@@ -164,6 +212,7 @@ def _optimizer(args: Namespace, chunk: torch.nn.Module) -> tuple[Any, Any]:
         ),
         [chunk],
     )
+    _skip_updates_that_are_not_finite(optimizer)
     # Megatron counts the schedule in samples.
     steps = args.train_iters * args.global_batch_size
     scheduler = OptimizerParamScheduler(

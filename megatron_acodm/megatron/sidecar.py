@@ -59,23 +59,29 @@ def load_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> bo
         saved, saved_iteration = description["fingerprint"], description["iteration"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'acodm.json'} is damaged: {error}") from error
-    differences = fingerprint_differences(saved, mixer.fingerprint())
     if saved_iteration != iteration:
-        differences.append(f"iteration: saved {saved_iteration}, checkpoint {iteration}")
-    if differences:
-        raise ValueError(
-            f"{checkpoint_dir} was saved by a different run:\n  "
-            + "\n  ".join(differences)
-            + "\nresume with the saved settings, or start without --load"
-        )
+        raise ValueError(f"{folder} is of iteration {saved_iteration}, not of {iteration}")
+    refuse_differences(checkpoint_dir, saved, mixer.fingerprint())
     mixer.ledger.load_state_dict(load_state(folder / "ledger"))
     if mixer.controller is not None:
         mixer.controller.load_state_dict(load_state(folder / "policy"))
     return True
 
 
-def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """One line for each setting in which two runs differ."""
+def refuse_differences(
+    checkpoint_dir: str | Path, saved: dict[str, Any], current: dict[str, Any]
+) -> None:
+    """Raise ValueError with a line for each setting in which a saved run and this one differ."""
+    differences = _differences(saved, current)
+    if differences:
+        raise ValueError(
+            f"{checkpoint_dir} was saved by a different run:\n  "
+            + "\n  ".join(differences)
+            + "\nresume with the saved settings, or start without --load"
+        )
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     differences = []
     for key in sorted(saved.keys() | current.keys()):
         before, now = saved.get(key), current.get(key)

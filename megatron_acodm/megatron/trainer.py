@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_acodm.arguments import acodm_config
+from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron.checkpoint import load_checkpoint, save_checkpoint
 from megatron_acodm.megatron.data import (
     ValidationSet,
@@ -21,7 +21,7 @@ from megatron_acodm.megatron.data import (
     build_validation_datasets,
     get_batch,
 )
-from megatron_acodm.megatron.mixer import Mixer, RunShape
+from megatron_acodm.megatron.mixer import RunShape
 from megatron_acodm.megatron.model import TrainingModel, build_model
 from megatron_acodm.megatron.patches import patch, unpatch
 from megatron_acodm.megatron.sources import DataSources, natural_weights
@@ -45,7 +45,12 @@ def loss_func(
 class Trainer:
     """One training run on this rank, from its arguments to its last checkpoint."""
 
-    def __init__(self, args: Namespace, sources: DataSources) -> None:
+    def __init__(self, args: Namespace, config: AcodmConfig | None, sources: DataSources) -> None:
+        """Build data, model and mixer, and load the checkpoint; collective.
+
+        Raises:
+            ValueError: for whatever of these does not fit together.
+        """
         from megatron.core import parallel_state
 
         self.args = args
@@ -53,7 +58,9 @@ class Trainer:
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.num_microbatches = args.global_batch_size // (args.micro_batch_size * self.data_size)
-        self.mixer = self._patch()
+        run = RunShape(args.train_iters, args.global_batch_size, args.micro_batch_size, args.seed)
+        names = dict(zip(sources.prefixes, sources.names, strict=True))
+        self.mixer = patch(config, run, domain_names=names)
         weights = sources.weights
         if self.mixer is None and weights is None:
             weights = natural_weights(sources.prefixes)
@@ -67,14 +74,20 @@ class Trainer:
             self.mixer.attach(self.model.chunks)
         self.iteration = 0
         if args.load:
-            self.iteration = load_checkpoint(args.load, self.model, self.mixer)
+            self.iteration = load_checkpoint(args.load, self.model, self.mixer, self._fingerprint())
+            if self.iteration == 0:
+                _log(f"no checkpoint in {args.load}: starting from scratch")
         self.seconds: dict[str, float] = {}
 
-    def _patch(self) -> Mixer | None:
+    def _fingerprint(self) -> dict[str, Any]:
+        """What decides which samples a step draws, and must be the same when it is resumed."""
         args = self.args
-        run = RunShape(args.train_iters, args.global_batch_size, args.micro_batch_size, args.seed)
-        names = dict(zip(self.sources.prefixes, self.sources.names, strict=True))
-        return patch(acodm_config(args), run, domain_names=names)
+        names = ["seed", "global_batch_size", "seq_length", "split"]
+        if self.mixer is None:
+            names.append("train_iters")  # Megatron shuffles a static blend for its length
+        settings = {name.replace("_", " "): getattr(args, name) for name in names}
+        policy = "none" if self.mixer is None else self.mixer.config.mixing.policy
+        return {"policy": policy, "domains": self.sources.names, **settings}
 
     # The loop ---------------------------------------------------------------------------------
 
@@ -87,8 +100,9 @@ class Trainer:
             f"{self.mixer.config.mixing.policy if self.mixer else 'none'}, "
             f"{self.num_microbatches} micro-batches x {self.data_size} data-parallel ranks a step"
         )
-        writer = self._open_metrics()
+        writer = None
         try:
+            writer = self._open_metrics()
             if self.iteration == 0 and args.eval_interval:
                 self._validate(writer)
             consumed = self.iteration * args.global_batch_size
@@ -102,7 +116,9 @@ class Trainer:
                     self._validate(writer)
                 if args.save and (last or _due(args.save_interval, self.iteration)):
                     start = time.perf_counter()
-                    folder = save_checkpoint(args.save, self.iteration, self.model, self.mixer)
+                    folder = save_checkpoint(
+                        args.save, self.iteration, self.model, self.mixer, self._fingerprint()
+                    )
                     _log(f"saved {folder} in {time.perf_counter() - start:.1f} s")
                 if last:
                     break
@@ -141,7 +157,10 @@ class Trainer:
         if succeeded:
             model.scheduler.step(increment=self.args.global_batch_size)
         else:
-            _log(f"step {self.iteration}: gradients overflowed; the update was skipped")
+            _log(
+                f"step {self.iteration}: the gradient norm is {grad_norm}; the update was skipped "
+                "and the weights left as they were"
+            )
         self.seconds["optimizer_s"] = time.perf_counter() - start
         loss = self._mean_loss(reports) if domains is None else float("nan")
         return loss, float(grad_norm or 0.0)

@@ -40,7 +40,11 @@ class AcodmPolicy(Policy):
         self.reward = RewardTracker(num_domains, self.config.reward_smoothing)
         seeds = np.random.SeedSequence(setting.seed).generate_state(3).tolist()
         self.replay = ReplayBuffer(
-            self.config.replay_capacity, self.encoder.size, num_domains, seeds[0]
+            self.config.replay_capacity,
+            self.encoder.size,
+            num_domains,
+            self.config.replay_recency,
+            seeds[0],
         )
         self.agent = DDPGAgent(
             self.config, self.encoder.size, self.initial_weights, self.bounds, seeds[1]

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megatron_acodm.config import AgentConfig
 from megatron_acodm.mixing.networks import Actor, Critic
@@ -25,9 +26,9 @@ class Learner(Generic[Network]):
     def __init__(self, network: Network, lr: float) -> None:
         self.network = network
         self.target = copy.deepcopy(network).requires_grad_(False)
-        self.parameters = list(network.parameters())
+        self.parameters: list[Tensor] = list(network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
-        self._target_parameters = list(self.target.parameters())
+        self._target_parameters: list[Tensor] = list(self.target.parameters())
 
     def descend(self, loss: Tensor) -> float:
         """One optimizer step down ``loss``, whose gradient reaches no other network.
@@ -88,7 +89,7 @@ class Losses(NamedTuple):
     """What one update measured."""
 
     critic_loss: float
-    """Squared error of Q's parts against their targets, summed over domains."""
+    """Squared error of the domains' rewards plus that of the value of what follows."""
 
     value: float
     """Mean Q of the actor's mixtures, which the actor ascends."""
@@ -116,9 +117,10 @@ class DDPGAgent:
     @torch.enable_grad()
     def update(self, batch: Transitions) -> Losses:
         """One step of the critic, one of the actor; the targets follow. All standardised."""
-        parts = self.critic.network.parts(batch.states, batch.weights)
-        error = parts - self.critic_target(batch)
-        critic_loss = self.critic.descend(error.square().sum(dim=-1).mean())
+        rewards, future = self.critic.network.parts(batch.states, batch.weights)
+        reward_error = functional.mse_loss(rewards, batch.rewards)
+        future_error = functional.mse_loss(future, self.future_target(batch))
+        critic_loss = self.critic.descend(reward_error + future_error)
         value = self.critic.network(batch.states, self.actor.network(batch.states)).mean()
         self.actor.descend(-value)
         self.critic.follow(self.config.tau)
@@ -126,18 +128,15 @@ class DDPGAgent:
         return Losses(critic_loss, value.item())
 
     @torch.no_grad()
-    def critic_target(self, batch: Transitions) -> Tensor:
-        """a_i r_i + gamma Q'_i(s', mu'(s')) [B, K]; over domains it sums to r + gamma Q'.
+    def future_target(self, batch: Transitions) -> Tensor:
+        """What follows, gamma Q'(s', mu'(s')) [B]; with the rewards, Q regresses r + this.
 
         Bounded by what clipped rewards can add up to, so that a critic cannot run away.
         """
         gamma = self.config.gamma
-        next_weights = self.actor.target(batch.next_states)
-        next_parts = self.critic.target.parts(batch.next_states, next_weights)
-        target = torch.addcmul(gamma * next_parts, batch.weights, batch.rewards)
-        if gamma < 1.0:
-            target.clamp_(-REWARD_CLIP / (1.0 - gamma), REWARD_CLIP / (1.0 - gamma))
-        return target
+        next_values = self.critic.target(batch.next_states, self.actor.target(batch.next_states))
+        limit = gamma * REWARD_CLIP / (1.0 - gamma) if gamma < 1.0 else math.inf
+        return (gamma * next_values).clamp_(-limit, limit)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""

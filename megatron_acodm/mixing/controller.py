@@ -60,6 +60,16 @@ class MixingController:
         return self.weights.copy()
 
     @property
+    def needs_alignment(self) -> bool:
+        """Whether observations must carry alignments and weight norms."""
+        return self.policy.needs_alignment
+
+    @property
+    def initial_weights(self) -> np.ndarray:
+        """[K] float64: the mixture before anything was observed."""
+        return self.policy.initial_weights
+
+    @property
     def rewards(self) -> np.ndarray | None:
         """[K] reward of each domain, nan where unknown; None if the policy has none."""
         return self.policy.rewards

@@ -12,17 +12,26 @@ _ACTOR_HEAD_SCALE = 0.01
 """The actor's last layer starts this small, so that its first mixtures are the prior."""
 
 
-def _mlp(inputs: int, hidden: int, layers: int, outputs: int, head_scale: float) -> nn.Sequential:
+class Mlp(nn.Module):
     """``layers`` times Linear, LayerNorm, ReLU; then a Linear head with scaled initial weights."""
-    modules: list[nn.Module] = []
-    for _ in range(layers):
-        modules += [nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()]
-        inputs = hidden
-    head = nn.Linear(inputs, outputs)
-    with torch.no_grad():
-        head.weight.mul_(head_scale)
-        head.bias.zero_()
-    return nn.Sequential(*modules, head)
+
+    def __init__(
+        self, inputs: int, hidden: int, layers: int, outputs: int, head_scale: float
+    ) -> None:
+        super().__init__()
+        widths = [inputs] + [hidden] * layers
+        self.linears = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
+        self.norms = nn.ModuleList(map(nn.LayerNorm, widths[1:]))
+        self.head = nn.Linear(hidden, outputs)
+        with torch.no_grad():
+            self.head.weight.mul_(head_scale)
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs [..., inputs] to outputs [..., outputs]."""
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            x = norm(linear(x)).relu_()
+        return self.head(x)
 
 
 class Actor(nn.Module):
@@ -43,7 +52,7 @@ class Actor(nn.Module):
     ) -> None:
         """``prior`` [K] is the first mixture; strictly above the floor, or a domain is stuck."""
         super().__init__()
-        self.net = _mlp(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
+        self.net = Mlp(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
         self.spread = 1.0 - float(bounds.floor.sum())
         self.ceiling = float(bounds.ceiling.max())
         share = np.where(bounds.active, np.maximum(prior - bounds.floor, 1e-9), 0.0)
@@ -71,10 +80,11 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Q(s, a): standardised states [..., S] and mixtures [..., K] to the value of drawing them.
 
-    The reward is a sum over domains, r = sum_i a_i r_i, and so is the critic:
-    Q(s, a) = sum_i a_i h_i(s, a). Each part answers for its own domain's reward (reward
-    decomposition, van Seijen et al. 2017); together they satisfy the Bellman equation of r.
-    It starts at 0, so that it does not send the actor anywhere before it has learned.
+    Q(s, a) = sum_i a_i r_i(s, a) + f(s, a): the reward of this step, known domain by domain, and
+    the discounted value of what follows. Together they satisfy the Bellman equation of the scalar
+    reward; apart, the K measured rewards teach the critic more than their one sum (reward
+    decomposition, van Seijen et al. 2017). It starts at 0, so that it does not send the actor
+    anywhere before it has learned.
     """
 
     def __init__(
@@ -82,13 +92,16 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.num_domains = num_domains
-        self.net = _mlp(state_size + num_domains, hidden_size, num_layers, num_domains, 0.0)
+        self.net = Mlp(state_size + num_domains, hidden_size, num_layers, num_domains + 1, 0.0)
 
-    def parts(self, states: Tensor, weights: Tensor) -> Tensor:
-        """Each domain's part [..., K] of Q; the net sees K * weights - 1, which is 0 at uniform."""
-        action = weights * self.num_domains - 1.0
-        return weights * self.net(torch.cat([states, action], dim=-1))
+    def parts(self, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Each domain's reward [..., K], and the discounted value of what follows [...]."""
+        action = weights * self.num_domains - 1.0  # 0 at uniform, of order 1
+        output = self.net(torch.cat([states, action], dim=-1))
+        rewards, future = output.split([self.num_domains, 1], dim=-1)
+        return rewards, future.squeeze(-1)
 
     def forward(self, states: Tensor, weights: Tensor) -> Tensor:
         """Q [...]."""
-        return self.parts(states, weights).sum(dim=-1)
+        rewards, future = self.parts(states, weights)
+        return (weights * rewards).sum(dim=-1) + future

@@ -21,7 +21,7 @@ class Setting:
     """K names, in the order of every vector."""
 
     sizes: np.ndarray
-    """[K] sequences per epoch of each domain; 0 masks a domain out."""
+    """[K] natural weights, on any scale: sequences per epoch; 0 masks a domain out."""
 
     num_probes: int
     """D, the number of probed layers in an observation."""

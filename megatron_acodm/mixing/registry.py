@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.acodm import AcodmPolicy
+from megatron_acodm.mixing.controller import MixingController
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.static import StaticPolicy
 from megatron_acodm.mixing.uniform import UniformPolicy
@@ -29,7 +30,7 @@ def build_policy(
     Args:
         config: which policy, and its rails.
         domains: K names, in the order of every vector.
-        sizes: [K] sequences per epoch of each domain; 0 masks a domain out.
+        sizes: [K] natural weights, on any scale: sequences per epoch; 0 masks a domain out.
         num_probes: D, the number of probed layers in an observation.
         train_iters: length of the run in optimizer steps.
         seed: seed of every random choice of the policy.
@@ -39,3 +40,15 @@ def build_policy(
     """
     setting = Setting(list(domains), np.asarray(sizes), num_probes, train_iters, seed)
     return POLICIES[config.policy](config, setting)
+
+
+def build_controller(
+    config: MixingConfig,
+    domains: list[str],
+    sizes: np.ndarray,
+    num_probes: int,
+    train_iters: int,
+    seed: int,
+) -> MixingController:
+    """The configured policy behind its guard rails; arguments and errors as ``build_policy``."""
+    return MixingController(build_policy(config, domains, sizes, num_probes, train_iters, seed))

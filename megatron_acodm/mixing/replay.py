@@ -1,4 +1,4 @@
-"""Replay: the most recent transitions, in a ring buffer, sampled uniformly."""
+"""Replay: the most recent transitions, in a ring buffer, the newer ones sampled more often."""
 
 from __future__ import annotations
 
@@ -25,10 +25,19 @@ class Transitions(NamedTuple):
 
 
 class ReplayBuffer:
-    """Up to ``capacity`` transitions in preallocated float32 tensors; the oldest leave first."""
+    """Up to ``capacity`` transitions in preallocated float32 tensors; the oldest leave first.
 
-    def __init__(self, capacity: int, state_size: int, num_domains: int, seed: int) -> None:
+    A sample's age is ``size * u ** recency`` for uniform u. Recency 1 is uniform sampling, under
+    which a new transition waits for size / batch updates to be seen: as the buffer fills, the
+    critic learns of the actor's mistakes ever later than the actor makes them. At recency 3, half
+    of a batch comes from the newest eighth, whatever the size.
+    """
+
+    def __init__(
+        self, capacity: int, state_size: int, num_domains: int, recency: float, seed: int
+    ) -> None:
         self.capacity = capacity
+        self.recency = recency
         self.size = 0
         self._next = 0
         self._storage = Transitions(
@@ -48,7 +57,9 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Transitions:
         """Draw ``batch_size`` of the stored transitions, with replacement."""
-        indices = torch.randint(self.size, (batch_size,), generator=self._generator)
+        uniform = torch.rand(batch_size, dtype=torch.float64, generator=self._generator)
+        ages = (self.size * uniform**self.recency).long()
+        indices = (self._next - 1 - ages) % self.capacity
         return Transitions(*(part[indices] for part in self._storage))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""The DDPG update, against its formulas in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_acodm.config import AgentConfig
+from megatron_acodm.mixing.agent import DDPGAgent
+from megatron_acodm.mixing.replay import ReplayBuffer, Transitions
+from megatron_acodm.mixing.simplex import Bounds
+
+DOMAINS, STATE = 3, 5
+PRIOR = np.array([0.5, 0.3, 0.2])
+CONFIG = AgentConfig(hidden_size=8, num_layers=2, gamma=0.9, tau=0.25)
+BOUNDS = Bounds.build(np.ones(DOMAINS, bool), 0.05, 1.0)
+
+
+@pytest.fixture
+def agent() -> DDPGAgent:
+    agent = DDPGAgent(CONFIG, STATE, PRIOR, BOUNDS, seed=1)
+    batch = _batch(seed=9)
+    for _ in range(5):  # away from the initial zeros
+        agent.update(batch)
+    return agent
+
+
+def _batch(seed: int, size: int = 6) -> Transitions:
+    generator = torch.Generator().manual_seed(seed)
+    states, next_states = torch.randn(2, size, STATE, generator=generator)
+    weights = torch.softmax(torch.randn(size, DOMAINS, generator=generator), dim=-1)
+    return Transitions(
+        states, weights, torch.randn(size, DOMAINS, generator=generator), next_states
+    )
+
+
+def _double(network: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(network).double()
+
+
+def test_a_fresh_actor_is_at_the_prior_and_a_fresh_critic_at_zero() -> None:
+    agent = DDPGAgent(CONFIG, STATE, PRIOR, BOUNDS, seed=1)
+    batch = _batch(seed=2)
+    np.testing.assert_allclose(agent.act(batch.states[0]), PRIOR, atol=0.01)
+    assert agent.critic.network(batch.states, batch.weights).abs().max() == 0
+
+
+def test_the_critics_parts_add_up_to_r_plus_gamma_q(agent: DDPGAgent) -> None:
+    batch = _batch(seed=2)
+    actor, critic = _double(agent.actor.target), _double(agent.critic.target)
+    next_states = batch.next_states.double()
+    with torch.no_grad():
+        expected = (batch.weights.double() * batch.rewards.double()).sum(-1)
+        expected += CONFIG.gamma * critic(next_states, actor(next_states))
+    target = agent.critic_target(batch)
+    torch.testing.assert_close(target.sum(-1).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_optimizer_steps_on_its_own_gradient(agent: DDPGAgent) -> None:
+    batch = _batch(seed=3)
+    target = agent.critic_target(batch).double()
+    critic, actor = _double(agent.critic.network), _double(agent.actor.network)
+    states, weights = batch.states.double(), batch.weights.double()
+    loss = (critic.parts(states, weights) - target).square().sum(-1).mean()
+    critic_gradients = torch.autograd.grad(loss, list(critic.parameters()))
+
+    losses = agent.update(batch)
+    assert losses.critic_loss == pytest.approx(loss.item(), rel=1e-4)
+    for parameter, expected in zip(agent.critic.parameters, critic_gradients, strict=True):
+        torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-3, atol=1e-6)
+    # The actor ascends the value that the critic, after its own step, gives to its mixtures.
+    value = _double(agent.critic.network)(states, actor(states)).mean()
+    assert losses.value == pytest.approx(value.item(), rel=1e-3, abs=1e-5)
+    actor_gradients = torch.autograd.grad(-value, list(actor.parameters()))
+    for parameter, expected in zip(agent.actor.parameters, actor_gradients, strict=True):
+        torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_both_networks_change_and_their_targets_follow_by_tau(agent: DDPGAgent) -> None:
+    before = {
+        name: [parameter.clone() for parameter in learner.network.parameters()]
+        for name, learner in (("actor", agent.actor), ("critic", agent.critic))
+    }
+    targets = {
+        name: [parameter.clone() for parameter in learner.target.parameters()]
+        for name, learner in (("actor", agent.actor), ("critic", agent.critic))
+    }
+    agent.update(_batch(seed=4))
+    for name, learner in (("actor", agent.actor), ("critic", agent.critic)):
+        pairs = zip(before[name], learner.network.parameters(), strict=True)
+        assert any(not torch.equal(old, new) for old, new in pairs)
+        rows = zip(
+            targets[name], learner.network.parameters(), learner.target.parameters(), strict=True
+        )
+        for old, online, followed in rows:
+            expected = old + CONFIG.tau * (online - old)
+            torch.testing.assert_close(followed, expected)
+
+
+def test_the_actor_respects_floor_and_ceiling() -> None:
+    bounds = Bounds.build(np.ones(DOMAINS, bool), 0.1, 0.5)
+    agent = DDPGAgent(CONFIG, STATE, np.array([0.4, 0.35, 0.25]), bounds, seed=1)
+    with torch.no_grad():
+        agent.actor.network.net[-1].bias.copy_(torch.tensor([9.0, 0.0, -9.0]))
+    for state in 10 * _batch(seed=2).states:
+        assert bounds.contains(agent.act(state), tolerance=1e-6)
+
+
+def test_the_replay_forgets_the_oldest_and_continues_exactly() -> None:
+    replay = ReplayBuffer(4, STATE, DOMAINS, 1)
+
+    def add(buffer: ReplayBuffer, value: float) -> None:
+        state = torch.full((STATE,), value)
+        weights = torch.full((DOMAINS,), value, dtype=torch.float64)
+        buffer.add(state, weights, torch.full((DOMAINS,), value), state + 0.5)
+
+    for value in range(6):
+        add(replay, float(value))
+    assert replay.size == 4
+    seen = {row[0].item() for _ in range(20) for row in replay.sample(4).states}
+    assert seen == {2.0, 3.0, 4.0, 5.0}
+    restored = ReplayBuffer(4, STATE, DOMAINS, 99)
+    restored.load_state_dict(replay.state_dict())
+    for buffer in (replay, restored):
+        add(buffer, 6.0)
+    for left, right in zip(replay.sample(8), restored.sample(8), strict=True):
+        assert torch.equal(left, right)
