@@ -12,16 +12,27 @@ if TYPE_CHECKING:
     from megatron_acodm.config import AcodmConfig
     from megatron_acodm.megatron.mixer import Mixer, RunShape
     from megatron_acodm.megatron.patches import patch, unpatch
+    from megatron_acodm.megatron.sidecar import load_sidecar, save_sidecar
 
 __version__ = "0.1.0"
 
-__all__ = ["AcodmConfig", "Mixer", "RunShape", "patch", "unpatch"]
+__all__ = [
+    "AcodmConfig",
+    "Mixer",
+    "RunShape",
+    "load_sidecar",
+    "patch",
+    "save_sidecar",
+    "unpatch",
+]
 
 _HOME = {
     "AcodmConfig": "megatron_acodm.config",
     "Mixer": "megatron_acodm.megatron.mixer",
     "RunShape": "megatron_acodm.megatron.mixer",
+    "load_sidecar": "megatron_acodm.megatron.sidecar",
     "patch": "megatron_acodm.megatron.patches",
+    "save_sidecar": "megatron_acodm.megatron.sidecar",
     "unpatch": "megatron_acodm.megatron.patches",
 }
 
