@@ -41,6 +41,21 @@ def _double(network: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(network).double()
 
 
+def _forward_by_hand(net: torch.nn.Sequential, x: np.ndarray) -> np.ndarray:
+    """Linear, LayerNorm, ReLU, ..., Linear in float64."""
+    for module in net:
+        if isinstance(module, torch.nn.ReLU):
+            x = np.maximum(x, 0)
+            continue
+        weight, bias = (p.detach().double().numpy() for p in module.parameters())
+        if isinstance(module, torch.nn.LayerNorm):
+            x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + module.eps)
+            x = x * weight + bias
+        else:
+            x = x @ weight.T + bias
+    return x
+
+
 def test_a_fresh_actor_is_at_the_prior_and_a_fresh_critic_at_zero() -> None:
     agent = DDPGAgent(CONFIG, STATE, PRIOR, BOUNDS, seed=1)
     batch = _batch(seed=2)
@@ -48,23 +63,45 @@ def test_a_fresh_actor_is_at_the_prior_and_a_fresh_critic_at_zero() -> None:
     assert agent.critic.network(batch.states, batch.weights).abs().max() == 0
 
 
-def test_the_critics_parts_add_up_to_r_plus_gamma_q(agent: DDPGAgent) -> None:
+def test_the_critic_is_the_weighted_rewards_plus_what_follows(agent: DDPGAgent) -> None:
     batch = _batch(seed=2)
-    actor, critic = _double(agent.actor.target), _double(agent.critic.target)
-    next_states = batch.next_states.double()
+    critic = agent.critic.network
+    states, weights = batch.states.double().numpy(), batch.weights.double().numpy()
+    x = np.concatenate([states, weights * DOMAINS - 1], axis=1)
+    output = _forward_by_hand(critic.net, x)
+    expected = (weights * output[:, :DOMAINS]).sum(axis=1) + output[:, DOMAINS]
+    actual = critic(batch.states, batch.weights).detach()
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_follows_is_worth_gamma_q_of_the_targets(agent: DDPGAgent) -> None:
+    batch = _batch(seed=2)
+    states = batch.next_states.double().numpy()
+    logits = agent.actor.target.log_prior.numpy() + _forward_by_hand(agent.actor.target.net, states)
+    share = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    weights = 0.05 + (1 - 3 * 0.05) * share  # floor 0.05
+    x = np.concatenate([states, weights * DOMAINS - 1], axis=1)
+    output = _forward_by_hand(agent.critic.target.net, x)
+    value = (weights * output[:, :DOMAINS]).sum(axis=1) + output[:, DOMAINS]
+    np.testing.assert_allclose(
+        agent.future_target(batch), CONFIG.gamma * value, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_follows_cannot_exceed_what_clipped_rewards_add_up_to(agent: DDPGAgent) -> None:
     with torch.no_grad():
-        expected = (batch.weights.double() * batch.rewards.double()).sum(-1)
-        expected += CONFIG.gamma * critic(next_states, actor(next_states))
-    target = agent.critic_target(batch)
-    torch.testing.assert_close(target.sum(-1).double(), expected, rtol=1e-5, atol=1e-6)
+        agent.critic.target.net[-1].bias.fill_(1e6)
+    limit = 5 * CONFIG.gamma / (1 - CONFIG.gamma)  # 5 in the next step, discounted, and so on
+    torch.testing.assert_close(agent.future_target(_batch(seed=2)), torch.full((6,), limit))
 
 
 def test_each_optimizer_steps_on_its_own_gradient(agent: DDPGAgent) -> None:
     batch = _batch(seed=3)
-    target = agent.critic_target(batch).double()
+    target = agent.future_target(batch).double()
     critic, actor = _double(agent.critic.network), _double(agent.actor.network)
     states, weights = batch.states.double(), batch.weights.double()
-    loss = (critic.parts(states, weights) - target).square().sum(-1).mean()
+    rewards, future = critic.parts(states, weights)  # type: ignore[operator]
+    loss = (rewards - batch.rewards).square().mean() + (future - target).square().mean()
     critic_gradients = torch.autograd.grad(loss, list(critic.parameters()))
 
     losses = agent.update(batch)
@@ -110,7 +147,7 @@ def test_the_actor_respects_floor_and_ceiling() -> None:
 
 
 def test_the_replay_forgets_the_oldest_and_continues_exactly() -> None:
-    replay = ReplayBuffer(4, STATE, DOMAINS, 1)
+    replay = ReplayBuffer(4, STATE, DOMAINS, recency=3.0, seed=1)
 
     def add(buffer: ReplayBuffer, value: float) -> None:
         state = torch.full((STATE,), value)
@@ -122,9 +159,20 @@ def test_the_replay_forgets_the_oldest_and_continues_exactly() -> None:
     assert replay.size == 4
     seen = {row[0].item() for _ in range(20) for row in replay.sample(4).states}
     assert seen == {2.0, 3.0, 4.0, 5.0}
-    restored = ReplayBuffer(4, STATE, DOMAINS, 99)
+    restored = ReplayBuffer(4, STATE, DOMAINS, recency=3.0, seed=99)
     restored.load_state_dict(replay.state_dict())
     for buffer in (replay, restored):
         add(buffer, 6.0)
     for left, right in zip(replay.sample(8), restored.sample(8), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("recency", [1.0, 3.0])
+def test_half_of_a_batch_comes_from_the_newest_transitions(recency: float) -> None:
+    replay = ReplayBuffer(64, 1, 1, recency, seed=1)
+    for age in reversed(range(64)):
+        value = torch.tensor([float(age)])
+        replay.add(value, value, value, value)
+    ages = replay.sample(20_000).states
+    newest = 64 * 0.5**recency  # 32 of 64 for uniform sampling, 8 for recency 3
+    assert (ages < newest).float().mean().item() == pytest.approx(0.5, abs=0.02)

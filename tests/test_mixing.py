@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,25 @@ def test_the_agent_needs_two_domains() -> None:
         build_policy(MixingConfig(), ["only"], np.array([5]), 4, 100, seed=1)
 
 
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_domain_without_data_is_never_drawn(name: str) -> None:
+    policy = build_policy(
+        MixingConfig(policy=name, agent=AgentConfig(replay_batch_size=4, exploration_fraction=1.0)),
+        DOMAINS,
+        np.array([60, 0, 40]),
+        num_probes=4,
+        train_iters=100,
+        seed=5,
+    )
+    absent = np.array([0.0, np.nan, 0.0])
+    for iteration in range(1, 20):
+        seen = _observation(iteration, samples=np.array([8, 0, 8]))
+        assert seen.alignment is not None
+        seen = replace(seen, loss=seen.loss + absent, alignment=seen.alignment + absent)
+        weights = policy.decide(seen)
+        assert weights[1] == 0 and weights.sum() == pytest.approx(1.0)
+
+
 def test_the_first_mixture_is_the_configured_one_above_the_floor() -> None:
     natural = _policy("acodm").initial_weights
     assert natural.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.02)
@@ -141,6 +163,16 @@ def test_the_projection_is_the_nearest_mixture(
     )
     # Obtuse angle at the projection: no other mixture is nearer.
     assert (point - nearest) @ (other - nearest) <= 1e-8
+
+
+def test_masked_domains_get_nothing() -> None:
+    bounds = Bounds.build(np.array([True, False, True]), 0.1, 0.8)
+    assert bounds.project(np.array([0.2, 5.0, 0.9])).tolist() == pytest.approx([0.2, 0.0, 0.8])
+
+
+def test_a_point_that_is_not_finite_has_no_projection() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        Bounds.build(np.ones(2, bool), 0.0, 1.0).project(np.array([np.nan, 0.5]))
 
 
 # State --------------------------------------------------------------------------------------------
@@ -281,6 +313,19 @@ def test_an_exception_in_the_agent_leaves_the_last_good_weights(
     assert controller.diagnostics()["policy_failures"] == 1
 
 
+def test_repeated_failures_are_logged_ever_more_rarely(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = _warm_controller()
+    monkeypatch.setattr(controller.policy, "decide", lambda observation: 1 / 0)
+    with caplog.at_level(logging.ERROR):
+        for iteration in range(11, 111):
+            controller.decide(_observation(iteration))
+    assert controller.diagnostics()["policy_failures"] == 100
+    assert len(caplog.records) == 7  # failures 1, 2, 4, ..., 64
+    assert [record.exc_info is not None for record in caplog.records] == [True] + 6 * [False]
+
+
 def test_an_exploding_critic_is_a_reported_failure_not_a_crash() -> None:
     controller = _warm_controller()
     with torch.no_grad():
@@ -316,6 +361,63 @@ def test_a_saved_controller_continues_bit_for_bit(tmp_path: Path) -> None:
         observation = _observation(iteration)
         assert restored.decide(observation).tolist() == controller.decide(observation).tolist()
     assert str(restored.diagnostics()) == str(controller.diagnostics())
+
+
+_CONTINUE = """
+import sys
+from test_mixing import _observation, _policy
+from megatron_acodm.mixing import MixingController, load_state
+
+controller = MixingController(_policy())
+controller.load_state_dict(load_state(sys.argv[1]))
+for iteration in range(11, 21):
+    print([weight.hex() for weight in controller.decide(_observation(iteration)).tolist()])
+"""
+
+
+def test_a_new_process_continues_bit_for_bit(tmp_path: Path) -> None:
+    controller = _warm_controller()
+    save_state(tmp_path / "policy", controller.state_dict())
+    output = subprocess.run(
+        [sys.executable, "-c", _CONTINUE, str(tmp_path / "policy")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    expected = [
+        str([weight.hex() for weight in controller.decide(_observation(iteration)).tolist()])
+        for iteration in range(11, 21)
+    ]
+    assert output.splitlines() == expected
+
+
+def test_a_state_of_any_leaves_survives_the_disk(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    state = {
+        "numbers": [1, 2.5, float("inf"), True, None, "text", {"deep": [torch.tensor(7)]}],
+        "views": {"left": shared[:3], "right": shared.view(2, 3).T, "none": torch.zeros(0, 4)},
+        "bytes": torch.Generator().get_state(),
+    }
+    save_state(tmp_path / "state", state)
+    assert str(load_state(tmp_path / "state")) == str(state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "state.safetensors"]
+
+
+@pytest.mark.parametrize("leaf", [(1, 2), np.zeros(2), {"a/b": 1}, {1: 2}])
+def test_what_a_state_cannot_hold_is_refused_with_its_place(tmp_path: Path, leaf: Any) -> None:
+    with pytest.raises(ValueError, match="state/outer/0"):
+        save_state(tmp_path / "state", {"outer": [leaf]})
+
+
+def test_files_of_two_saves_do_not_mix(tmp_path: Path) -> None:
+    controller = _warm_controller()
+    save_state(tmp_path / "old", controller.state_dict())
+    controller.decide(_observation(11))
+    save_state(tmp_path / "new", controller.state_dict())
+    (tmp_path / "new.json").replace(tmp_path / "old.json")  # a crash between the two files
+    with pytest.raises(ValueError, match="does not belong to"):
+        load_state(tmp_path / "old")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])

@@ -1,4 +1,4 @@
-"""A training run in a few lines whose best mixture is known: gradients with a fixed Gram matrix."""
+"""Training runs in a few lines whose best mixture is known."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ class ToyEnvironment:
     training goes on. A domain without a micro-batch is not measured.
     """
 
+    noise = 0.3
+    """Of an alignment measured on one micro-batch."""
+
     def __init__(self, gram: np.ndarray, seed: int, steps: int) -> None:
         self.interaction = gram - np.diag(np.diag(gram))
         self.gram = gram
@@ -30,6 +33,10 @@ class ToyEnvironment:
         """The interaction energy that the agent is to maximise."""
         return float(weights @ self.interaction @ weights)
 
+    def alignment(self, share: np.ndarray) -> np.ndarray:
+        """w [K] of a batch with realised ``share`` [K], without noise or scale."""
+        return self.interaction @ share
+
     def step(self, iteration: int, weights: np.ndarray) -> Observation:
         """What step ``iteration`` shows when its batch was drawn with ``weights``."""
         due = weights * MICRO_BATCHES + self._carry
@@ -39,7 +46,7 @@ class ToyEnvironment:
         self._carry = due - count
         noise = self._rng.normal(size=(2, self.num_domains)) / np.sqrt(np.maximum(count, 1))
         scale = 1 + 10 * np.exp(-iteration / 20)
-        alignment = scale * (self.interaction @ (count / MICRO_BATCHES) + 0.3 * noise[0])
+        alignment = scale * (self.alignment(count / MICRO_BATCHES) + self.noise * noise[0])
         loss = 2 + 6 * np.exp(-iteration / 100) + 0.1 * noise[1]
         unseen = np.where(count > 0, 0.0, np.nan)
         return Observation(
@@ -53,6 +60,20 @@ class ToyEnvironment:
             weight_norm=np.full(4, 0.02 + 1e-5 * iteration),
             weight_delta_norm=np.full(4, 1e-4 * scale),
         )
+
+
+class SharedPeak(ToyEnvironment):
+    """All of three domains align alike, best at one mixture: how they differ is pure noise."""
+
+    noise = 0.05
+    peak = np.array([0.6, 0.3, 0.1])
+
+    def __init__(self, seed: int, steps: int) -> None:
+        super().__init__(np.eye(3), seed, steps)
+
+    def alignment(self, share: np.ndarray) -> np.ndarray:
+        """The same for every domain."""
+        return np.full(3, 1 - 4 * ((share - self.peak) ** 2).sum())
 
 
 def block_gram(num_domains: int, helpful: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from megatron_acodm.megatron.builder import domain_name
 from megatron_acodm.megatron.groups import ParallelGroups, check_layout
 from megatron_acodm.megatron.measurement import StepMeasurement, StepStatistics
 from megatron_acodm.megatron.parameters import make_probes, select_parameters
-from megatron_acodm.mixing import MixingController, Observation, build_policy
+from megatron_acodm.mixing import MixingController, Observation, build_controller
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Mixer:
         natural = np.asarray(sizes if weights is None else weights, dtype=np.float64)
         # Every rank builds the policy, so that bad settings fail on every rank alike; only rank 0
         # keeps it.
-        policy = build_policy(
+        controller = build_controller(
             self.config.mixing,
             list(domains),
             natural,
@@ -123,13 +123,13 @@ class Mixer:
             self.run.seed,
         )
         self.domains, self.sizes = list(domains), list(sizes)
-        self._needs_alignment = policy.needs_alignment
-        self._controller = MixingController(policy) if _rank() == 0 else None
+        self._needs_alignment = controller.needs_alignment
+        self._controller = controller if _rank() == 0 else None
         self.ledger = Ledger(
             self.sizes, self.run.micro_batch_size, self.run.seed, names=self.domains
         )
         for _ in range(1 + self.config.blending.decision_lag):
-            self.ledger.append(policy.initial_weights, self.run.global_batch_size)
+            self.ledger.append(controller.initial_weights, self.run.global_batch_size)
         if any(dataset is None for dataset in datasets):
             return None
         return OnlineBlendedDataset(

@@ -60,7 +60,7 @@ class AcodmPolicy(Policy):
         rewards = self.reward.update(observation.alignment, observation.weights)
         state = self.encoder.observe(observation)
         if self._previous is not None:
-            drawn_with = torch.from_numpy(observation.weights)
+            drawn_with = torch.tensor(observation.weights)
             self.replay.add(self._previous, drawn_with, rewards, state)
         self._previous = state
         if self.replay.size >= self.config.replay_batch_size:

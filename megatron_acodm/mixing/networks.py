@@ -12,26 +12,17 @@ _ACTOR_HEAD_SCALE = 0.01
 """The actor's last layer starts this small, so that its first mixtures are the prior."""
 
 
-class Mlp(nn.Module):
+def _mlp(inputs: int, hidden: int, layers: int, outputs: int, head_scale: float) -> nn.Sequential:
     """``layers`` times Linear, LayerNorm, ReLU; then a Linear head with scaled initial weights."""
-
-    def __init__(
-        self, inputs: int, hidden: int, layers: int, outputs: int, head_scale: float
-    ) -> None:
-        super().__init__()
-        widths = [inputs] + [hidden] * layers
-        self.linears = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
-        self.norms = nn.ModuleList(map(nn.LayerNorm, widths[1:]))
-        self.head = nn.Linear(hidden, outputs)
-        with torch.no_grad():
-            self.head.weight.mul_(head_scale)
-            self.head.bias.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Inputs [..., inputs] to outputs [..., outputs]."""
-        for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = norm(linear(x)).relu_()
-        return self.head(x)
+    modules: list[nn.Module] = []
+    for _ in range(layers):
+        modules += [nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+        inputs = hidden
+    head = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        head.weight.mul_(head_scale)
+        head.bias.zero_()
+    return nn.Sequential(*modules, head)
 
 
 class Actor(nn.Module):
@@ -52,7 +43,7 @@ class Actor(nn.Module):
     ) -> None:
         """``prior`` [K] is the first mixture; strictly above the floor, or a domain is stuck."""
         super().__init__()
-        self.net = Mlp(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
+        self.net = _mlp(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
         self.spread = 1.0 - float(bounds.floor.sum())
         self.ceiling = float(bounds.ceiling.max())
         share = np.where(bounds.active, np.maximum(prior - bounds.floor, 1e-9), 0.0)
@@ -92,7 +83,7 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.num_domains = num_domains
-        self.net = Mlp(state_size + num_domains, hidden_size, num_layers, num_domains + 1, 0.0)
+        self.net = _mlp(state_size + num_domains, hidden_size, num_layers, num_domains + 1, 0.0)
 
     def parts(self, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Each domain's reward [..., K], and the discounted value of what follows [...]."""
