@@ -16,6 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from megatron_acodm.files import write_atomically
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -88,7 +90,7 @@ def write_run_info(run_dir: str | Path, info: RunInfo) -> None:
     """Write ``run.json``, in one piece; an earlier one is replaced."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(dataclasses.asdict(info)), indent=2, ensure_ascii=False, default=str)
-    _replace(Path(run_dir) / RUN_FILE, text + "\n")
+    write_atomically(Path(run_dir) / RUN_FILE, text + "\n")
 
 
 def read_run_info(run_dir: str | Path) -> RunInfo:
@@ -172,7 +174,7 @@ class MetricsWriter:
         kept: list[dict[str, Any]] = []
         if path.exists() and resume_from:
             kept = [line for line in _read_lines(path) if line["iteration"] <= resume_from]
-            _replace(path, "".join(_encode(line) for line in kept))
+            write_atomically(path, "".join(_encode(line) for line in kept))
         elif path.exists():
             os.replace(path, path.with_name(f"{METRICS_FILE}.previous"))
         self._last_step = max((x["iteration"] for x in kept if "validation" not in x), default=0)
@@ -332,16 +334,6 @@ def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _open_tensorboard(directory: Path, first_step: int) -> Any:

@@ -7,7 +7,6 @@ announced in Megatron's tracker file: a crash at any moment leaves the last good
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_acodm.files import write_atomically
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.model import TrainingModel
 from megatron_acodm.megatron.sidecar import load_sidecar, refuse_differences, save_sidecar
@@ -69,13 +69,7 @@ def _announce(partial: Path, final: Path, iteration: int) -> None:
         final.rename(_set_aside(final))
     partial.rename(final)
     shutil.rmtree(_set_aside(final), ignore_errors=True)
-    tracker = final.parent / TRACKER
-    temporary = tracker.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, tracker)
+    write_atomically(final.parent / TRACKER, str(iteration))
 
 
 def latest_iteration(root: str | Path) -> int | None:

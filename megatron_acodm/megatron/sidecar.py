@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_acodm.files import write_atomically
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.mixing.serialization import load_state, save_state
 
@@ -31,12 +31,7 @@ def save_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> No
         save_state(folder / "ledger", mixer.ledger.state_dict())
         save_state(folder / "policy", mixer.controller.state_dict())
         description = {"iteration": iteration, "fingerprint": mixer.fingerprint()}
-        temporary = folder / "acodm.json.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(description, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / "acodm.json")
+        write_atomically(folder / "acodm.json", json.dumps(description, indent=1))
     dist.barrier(group=mixer.control_group)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
+
+from megatron_acodm.files import write_atomically
 
 _TENSOR = "$tensor"
 _FLOAT = "$float"
@@ -67,8 +68,8 @@ def save_state(prefix: str | Path, state: dict[str, Any]) -> None:
         "state": rest,
     }
     tensor_path, json_path = _paths(prefix)
-    _write_atomically(tensor_path, blob)
-    _write_atomically(json_path, json.dumps(header, indent=1, allow_nan=False).encode())
+    write_atomically(tensor_path, blob)
+    write_atomically(json_path, json.dumps(header, indent=1, allow_nan=False).encode())
 
 
 def load_state(prefix: str | Path) -> dict[str, Any]:
@@ -130,17 +131,3 @@ def _digest(rest: Any) -> str:
 
 def _paths(prefix: str | Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.safetensors"), Path(f"{prefix}.json")
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the new name durable, not only the bytes
-    finally:
-        os.close(folder)
