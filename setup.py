@@ -47,8 +47,25 @@ def ledger_extension() -> list[Extension]:
     ]
 
 
+def toolkit_of_nvcc() -> str | None:
+    """Where the toolkit of the nvcc on the path lies, in nvcc's own words.
+
+    torch takes the folder above nvcc's, which holds no headers where nvcc is a wrapper script.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = output.partition("TOP=")[2].partition("\n")[0].strip()
+    return os.path.realpath(top) if top else None
+
+
 def operator_extensions() -> list[Extension]:
     """The torch operators: CPU kernels, and CUDA kernels where torch is a CUDA build."""
+    toolkit = toolkit_of_nvcc()
+    if toolkit and "CUDA_HOME" not in os.environ:
+        os.environ["CUDA_HOME"] = toolkit
     try:
         import torch
         from torch.utils import cpp_extension

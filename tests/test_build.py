@@ -97,6 +97,19 @@ def test_cuda_kernels_are_built_only_with_the_nvcc_of_torchs_cuda(setup_module, 
     )
 
 
+def test_the_toolkit_is_found_behind_a_wrapper_of_nvcc(setup_module, tmp_path, monkeypatch):
+    toolkit = tmp_path / "cuda-13.0"
+    (toolkit / "bin").mkdir(parents=True)
+    wrapper = tmp_path / "path" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent))
+    assert setup_module.toolkit_of_nvcc() == str(toolkit.resolve())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_module.toolkit_of_nvcc() is None
+
+
 # ---------------------------------------------------------------- the CPU kernels of other machines
 
 DRIVER = """
