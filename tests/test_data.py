@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Corpus
 from host import start_megatron
 
@@ -15,6 +16,7 @@ from megatron_acodm.megatron.data import (
     ConsecutiveBatchSampler,
     ValidationSet,
     build_validation_datasets,
+    get_batch,
 )
 from megatron_acodm.megatron.sources import natural_weights
 from megatron_acodm.megatron.tokenizer import build_tokenizer
@@ -71,3 +73,12 @@ def test_natural_weights_are_shares_of_tokens(corpus: Corpus) -> None:
     tokens = np.array([domain["tokens"] for domain in domains])
     prefixes = [str(corpus.manifest.parent / domain["prefix"]) for domain in domains]
     assert natural_weights(prefixes) == pytest.approx((tokens / tokens.sum()).tolist())
+
+
+def test_a_batch_of_another_domain_than_the_ledgers_is_refused() -> None:
+    start_megatron()
+    sample = {key: torch.ones(2, 4) for key in ("tokens", "labels", "loss_mask")}
+    sample["dataset_id"] = torch.tensor([1, 1])
+    assert get_batch(iter([sample]), 2, 4, domain=1)["tokens"].shape == (2, 4)
+    with pytest.raises(RuntimeError, match="domain 0; the reward would be credited"):
+        get_batch(iter([sample]), 2, 4, domain=0)

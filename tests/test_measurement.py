@@ -192,3 +192,25 @@ def test_a_layer_without_the_wanted_weight_is_named() -> None:
     del layer.mlp.linear_fc2
     with pytest.raises(ValueError, match=r"layer 4 has no dense weight mlp.linear_fc2.*fc1, qkv"):
         select_parameters(model.chunks, 4, CONFIG)
+
+
+def test_a_ledger_that_differs_from_rank_0s_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    mixer = _mixer(model)
+
+    def broadcast_of_another_ledger(message: torch.Tensor, src: int, group: Any) -> None:
+        message[-1] += 1
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast_of_another_ledger)
+    decided = mixer.ledger.num_samples
+    with pytest.raises(RuntimeError, match="ledger of rank 0 differs"), mixer.step(1, 0):
+        forward_backward(model, BATCHES)
+        model.optimizer.step()
+    assert mixer.ledger.num_samples == decided
+
+
+def test_a_step_at_another_sample_than_the_ledgers_is_refused() -> None:
+    mixer = _mixer(tiny_model())
+    message = "step 2 starts at sample 10, the ledger expects 12"
+    with pytest.raises(RuntimeError, match=message), mixer.step(2, 10):
+        pass

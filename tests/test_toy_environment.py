@@ -10,7 +10,7 @@ import torch
 from toy import SharedPeak, ToyEnvironment, block_gram, play
 
 from megatron_acodm.config import AgentConfig, MixingConfig
-from megatron_acodm.mixing import MixingController, build_controller
+from megatron_acodm.mixing import MixingController, build_policy
 from megatron_acodm.mixing.reward import RewardTracker
 
 STEPS = 300  # as short as the quickstart
@@ -20,7 +20,8 @@ BEST = np.array([(1 - 3 * FLOOR) / 3] * 3 + [FLOOR] * 3)
 
 
 def six_domains(seed: int, steps: int = STEPS, sizes: Any = (1,) * DOMAINS) -> MixingController:
-    return build_controller(MixingConfig(), list("abcdef"), np.array(sizes), 4, steps, seed)
+    policy = build_policy(MixingConfig(), list("abcdef"), np.array(sizes), 4, steps, seed)
+    return MixingController(policy)
 
 
 def environment(seed: int, steps: int = STEPS) -> ToyEnvironment:
@@ -91,7 +92,7 @@ def _distance_from_shared_peak(seed: int, steps: int = 600) -> float:
     """How far a run that only a reward shared by all domains can guide ends; it starts 0.53 off."""
     agent = AgentConfig(reward_smoothing=0.0, exploration_std=0.05, exploration_fraction=1.0)
     config = MixingConfig(initial_weights="uniform", agent=agent)
-    controller = build_controller(config, list("abc"), np.ones(3), 4, steps, seed)
+    controller = MixingController(build_policy(config, list("abc"), np.ones(3), 4, steps, seed))
     drawn = play(controller, SharedPeak(seed, steps))
     return float(np.abs(settled(drawn) - SharedPeak.peak).sum())
 

@@ -20,7 +20,7 @@ from megatron_acodm.megatron.builder import domain_name
 from megatron_acodm.megatron.groups import ParallelGroups, check_layout
 from megatron_acodm.megatron.measurement import StepMeasurement, StepStatistics
 from megatron_acodm.megatron.parameters import make_probes, select_parameters
-from megatron_acodm.mixing import MixingController, Observation, build_controller
+from megatron_acodm.mixing import MixingController, Observation, build_policy
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Mixer:
         natural = np.asarray(sizes if weights is None else weights, dtype=np.float64)
         # Every rank builds the policy, so that bad settings fail on every rank alike; only rank 0
         # keeps it.
-        controller = build_controller(
+        policy = build_policy(
             self.config.mixing,
             list(domains),
             natural,
@@ -122,6 +122,7 @@ class Mixer:
             self.run.train_iters,
             self.run.seed,
         )
+        controller = MixingController(policy)
         self.domains, self.sizes = list(domains), list(sizes)
         self._needs_alignment = controller.needs_alignment
         self._controller = controller if _rank() == 0 else None

@@ -3,7 +3,7 @@
 from megatron_acodm.mixing.controller import MixingController
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy
-from megatron_acodm.mixing.registry import POLICIES, build_controller, build_policy
+from megatron_acodm.mixing.registry import POLICIES, build_policy
 from megatron_acodm.mixing.serialization import load_state, save_state
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "MixingController",
     "Observation",
     "Policy",
-    "build_controller",
     "build_policy",
     "load_state",
     "save_state",

@@ -6,7 +6,6 @@ import numpy as np
 
 from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.acodm import AcodmPolicy
-from megatron_acodm.mixing.controller import MixingController
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.static import StaticPolicy
 from megatron_acodm.mixing.uniform import UniformPolicy
@@ -40,15 +39,3 @@ def build_policy(
     """
     setting = Setting(list(domains), np.asarray(sizes), num_probes, train_iters, seed)
     return POLICIES[config.policy](config, setting)
-
-
-def build_controller(
-    config: MixingConfig,
-    domains: list[str],
-    sizes: np.ndarray,
-    num_probes: int,
-    train_iters: int,
-    seed: int,
-) -> MixingController:
-    """The configured policy behind its guard rails; arguments and errors as ``build_policy``."""
-    return MixingController(build_policy(config, domains, sizes, num_probes, train_iters, seed))
