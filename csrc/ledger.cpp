@@ -1,6 +1,6 @@
 // The blending ledger's arithmetic over numpy arrays: module megatron_acodm._ledger.
 //
-// megatron_acodm/blending/mapping.py documents every function and holds the numpy twin of each;
+// megatron_acodm/blending/mapping.py and quotas.py document every function and hold its numpy twin;
 // the two must agree bit for bit. Change them together, and raise SCHEME when results change.
 
 #include <pybind11/numpy.h>
@@ -284,13 +284,23 @@ py::tuple epoch_and_index(const Int32Array& domains, const Int64Array& positions
   return py::make_tuple(epochs, indices);
 }
 
-py::tuple apportion(const Int64Array& units, int64_t num_granules, const Int64Array& carry) {
-  require(units.ndim() == 1 && carry.ndim() == 1 && units.shape(0) == carry.shape(0),
-          "units and carry must be one-dimensional and of one length");
+py::tuple apportion(const Int64Array& units, int64_t num_granules, const Int64Array& carry,
+                    int64_t minimum, const Int64Array& limits) {
+  require(units.ndim() == 1 && carry.ndim() == 1 && limits.ndim() == 1 &&
+              units.shape(0) == carry.shape(0) && units.shape(0) == limits.shape(0),
+          "units, carry and limits must be one-dimensional and of one length");
   const int64_t num_domains = units.shape(0);
   const int64_t* unit = units.data();
-  require(std::any_of(unit, unit + num_domains, [](int64_t u) { return u > 0; }),
-          "every weight is zero");
+  const int64_t* limit = limits.data();
+  int64_t reserved = 0;  // granules that must still go to domains below their minimum
+  int64_t room = 0;
+  for (int64_t k = 0; k < num_domains; ++k) {
+    if (unit[k] == 0) continue;
+    reserved += std::min(minimum, limit[k]);
+    room += std::min(num_granules, limit[k]);
+  }
+  require(reserved <= num_granules, "the minimum adds up to more than the granules");
+  require(room >= num_granules, "the domains with a weight have not enough granules left");
   Int64Array quota_array(num_domains);
   Int64Array carry_array(num_domains);
   int64_t* quota = quota_array.mutable_data();
@@ -307,12 +317,14 @@ py::tuple apportion(const Int64Array& units, int64_t num_granules, const Int64Ar
     };
     for (int64_t k = 0; k < num_domains; ++k) set_deadline(k, -1);
     for (int64_t granule = 0; granule < num_granules; ++granule) {
+      const bool reserved_only = reserved == num_granules - granule;
       int64_t best = -1;
       int best_class = 3;
       int64_t best_key = 0;
       for (int64_t k = 0; k < num_domains; ++k) {
         if (unit[k] == 0) continue;
         due[k] += unit[k];
+        if (quota[k] >= (reserved_only ? std::min(minimum, limit[k]) : limit[k])) continue;
         const int urgency = due[k] >= kOne ? 0 : due[k] > 0 ? 1 : 2;
         const int64_t key = urgency == 1 ? deadline[k] : -due[k];
         if (urgency < best_class || (urgency == best_class && key < best_key)) {
@@ -323,6 +335,7 @@ py::tuple apportion(const Int64Array& units, int64_t num_granules, const Int64Ar
       }
       due[best] -= kOne;
       set_deadline(best, granule);
+      reserved -= quota[best] < minimum;
       ++quota[best];
     }
   }
@@ -332,7 +345,7 @@ py::tuple apportion(const Int64Array& units, int64_t num_granules, const Int64Ar
 }  // namespace
 
 PYBIND11_MODULE(_ledger, module) {
-  module.doc() = "Compiled twins of megatron_acodm.blending.mapping";
+  module.doc() = "Compiled twins of megatron_acodm.blending.mapping and quotas";
   module.attr("SCHEME") = kScheme;
   module.def("locate", &locate, py::arg("rows").noconvert(), py::arg("base_stage"),
              py::arg("granule_size"), py::arg("seed"), py::arg("indices").noconvert());
@@ -340,5 +353,5 @@ PYBIND11_MODULE(_ledger, module) {
              py::arg("positions").noconvert(), py::arg("sizes").noconvert(),
              py::arg("streams").noconvert(), py::arg("seed"));
   module.def("apportion", &apportion, py::arg("units").noconvert(), py::arg("num_granules"),
-             py::arg("carry").noconvert());
+             py::arg("carry").noconvert(), py::arg("minimum"), py::arg("limits").noconvert());
 }

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_acodm.config import AcodmConfig
-    from megatron_acodm.megatron.mixer import Mixer, RunShape
+    from megatron_acodm.megatron.mixer import Mixer
     from megatron_acodm.megatron.patches import patch, unpatch
+    from megatron_acodm.megatron.run import RunShape
     from megatron_acodm.megatron.sidecar import load_sidecar, save_sidecar
 
 __version__ = "0.1.0"
@@ -29,7 +30,7 @@ __all__ = [
 _HOME = {
     "AcodmConfig": "megatron_acodm.config",
     "Mixer": "megatron_acodm.megatron.mixer",
-    "RunShape": "megatron_acodm.megatron.mixer",
+    "RunShape": "megatron_acodm.megatron.run",
     "load_sidecar": "megatron_acodm.megatron.sidecar",
     "patch": "megatron_acodm.megatron.patches",
     "save_sidecar": "megatron_acodm.megatron.sidecar",

@@ -7,7 +7,8 @@ import dataclasses
 import os
 from typing import Any
 
-from megatron_acodm.config import POLICIES, AcodmConfig
+from megatron_acodm.config import GRANULES, POLICIES, AcodmConfig
+from megatron_acodm.megatron.run import RunShape
 from megatron_acodm.megatron.tokenizer import TOKENIZER_TYPES
 
 
@@ -46,9 +47,15 @@ def _add_model(group: Any) -> None:
 
 def _add_training(group: Any) -> None:
     group.add_argument("--micro-batch-size", type=int, required=True,
-                       help="sequences a micro-batch; a micro-batch is of one domain")  # fmt: skip
+                       help="sequences a micro-batch")  # fmt: skip
     group.add_argument("--global-batch-size", type=int, required=True, help="sequences a step")
-    group.add_argument("--train-iters", type=int, required=True)
+    group.add_argument("--rampup-batch-size", type=int, nargs=3,
+                       metavar=("START", "INCREMENT", "SAMPLES"),
+                       help="begin with START sequences a step and reach the global batch size "
+                       "in steps of INCREMENT over this many samples")  # fmt: skip
+    length = group.add_mutually_exclusive_group(required=True)
+    length.add_argument("--train-iters", type=int, help="steps of the run")
+    length.add_argument("--train-samples", type=int, help="or its sequences")
     group.add_argument("--lr", type=float, default=3e-4)
     group.add_argument("--min-lr", type=float, default=3e-5)
     group.add_argument("--lr-decay-style", choices=("constant", "linear", "cosine"),
@@ -118,6 +125,15 @@ def _add_acodm(group: Any) -> None:
                        help="default: the config's, else acodm; none: Megatron's static "
                        "blend")  # fmt: skip
     group.add_argument("--acodm-decision-lag", type=int)
+    group.add_argument("--acodm-granule", choices=GRANULES,
+                       help="what is of one domain as a whole")  # fmt: skip
+    group.add_argument("--acodm-minimum-quota", type=int,
+                       help="least granules of every domain in a step")  # fmt: skip
+    group.add_argument("--acodm-repetition", metavar="{repeat,cap N,error}",
+                       help="what happens when a domain's sequences are used up")  # fmt: skip
+    group.add_argument("--acodm-adopt", action="store_true",
+                       help="resume although domains came, went or have other data; those "
+                       "that stayed go on where they were")  # fmt: skip
     group.add_argument("--acodm-depths", type=float, nargs="+",
                        help="relative depths of the layers whose gradients count")  # fmt: skip
     group.add_argument("--acodm-kind", help="their weight: fc1, fc2, qkv or proj")
@@ -142,7 +158,12 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
             "min_weight": args.acodm_min_weight,
             "max_weight": args.acodm_max_weight,
         },
-        "blending": {"decision_lag": args.acodm_decision_lag},
+        "blending": {
+            "decision_lag": args.acodm_decision_lag,
+            "granule": args.acodm_granule,
+            "minimum_quota": args.acodm_minimum_quota,
+            "repetition": args.acodm_repetition,
+        },
         "alignment": {
             "kind": args.acodm_kind,
             "depths": None if args.acodm_depths is None else tuple(args.acodm_depths),
@@ -162,7 +183,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: with the value, the limit and the remedy.
     """
     positive = ("num_layers", "hidden_size", "num_attention_heads", "seq_length",
-                "micro_batch_size", "global_batch_size", "train_iters", "log_interval",
+                "micro_batch_size", "global_batch_size", "log_interval",
                 "make_vocab_size_divisible_by",
                 "tensor_model_parallel_size", "pipeline_model_parallel_size")  # fmt: skip
     for name in positive:
@@ -182,8 +203,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_multiple("num_attention_heads", args.num_attention_heads,
                     "tensor_model_parallel_size", tp)  # fmt: skip
     _check_multiple("num_layers", args.num_layers, "pipeline_model_parallel_size", pp)
-    _check_multiple("global_batch_size", args.global_batch_size,
-                    "micro_batch_size", args.micro_batch_size)  # fmt: skip
+    _settle_length(args)
     if args.sequence_parallel and tp == 1:
         raise ValueError("--sequence-parallel needs --tensor-model-parallel-size above 1")
     args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
@@ -193,6 +213,13 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--lr-warmup-fraction is {args.lr_warmup_fraction}; it must lie in [0, 1)"
         )
     _check_split(args.split)
+    if args.acodm_adopt and not args.load:
+        raise ValueError("--acodm-adopt accepts what differs on a resume; give --load as well")
+    if args.acodm_adopt and args.acodm_policy == "none":
+        raise ValueError(
+            "--acodm-adopt needs a policy: Megatron's own blend, --acodm-policy none, cannot go on "
+            "with other domains"
+        )
     if args.exit_interval and not args.save:
         raise ValueError("--exit-interval saves before it stops; give a folder with --save")
     if args.min_lr > args.lr:
@@ -212,13 +239,37 @@ def check_batch(args: argparse.Namespace, world_size: int) -> None:
         ValueError: with the numbers.
     """
     data_size = world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    per_round = args.micro_batch_size * max(1, data_size)
-    if args.global_batch_size % per_round != 0:
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
-            f"x data-parallel size = {args.micro_batch_size} x {data_size} = {per_round}; the next "
-            f"that fits is {(args.global_batch_size // per_round + 1) * per_round}"
-        )
+    run_shape(args).check_divisible(
+        args.micro_batch_size * max(1, data_size),
+        f"--micro-batch-size x data-parallel size = {args.micro_batch_size} x {data_size}",
+    )
+
+
+def run_shape(args: argparse.Namespace) -> RunShape:
+    """The sizes of the run that the flags describe."""
+    return RunShape(
+        args.train_iters,
+        args.global_batch_size,
+        args.micro_batch_size,
+        args.seed,
+        tuple(args.rampup_batch_size) if args.rampup_batch_size else None,
+    )
+
+
+def _settle_length(args: argparse.Namespace) -> None:
+    """Fill in --train-iters and --train-samples from each other."""
+    for name in ("train_iters", "train_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{_flag(name)} is {getattr(args, name)}; it must be at least 1")
+    if args.train_samples is not None:
+        args.train_iters = 1
+        args.train_iters = run_shape(args).steps_within(args.train_samples)
+        if args.train_iters == 0:
+            raise ValueError(
+                f"--train-samples is {args.train_samples}, less than a first step needs; raise it "
+                "to at least the (ramped-up) global batch size"
+            )
+    args.train_samples = run_shape(args).train_samples
 
 
 def _check_split(split: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import yaml
 
 POLICIES = ("acodm", "static", "uniform")
 ESTIMATORS = ("exact",)
+GRANULES = ("micro-batch", "sequence")
 PARAMETER_KINDS = ("fc1", "fc2", "qkv", "proj")
 
 
@@ -138,6 +141,31 @@ class MixingConfig:
 class BlendingConfig:
     """How decisions become samples."""
 
+    granule: str = "micro-batch"
+    """What is drawn from one domain as a whole: one of GRANULES.
+
+    ``sequence`` mixes within micro-batches, so that weights are followed within one sequence. The
+    gradients of a micro-batch are then of several domains: policies that compare gradients need
+    micro-batches of one sequence for it.
+    """
+
+    minimum_quota: int | None = None
+    """Least granules of every domain in a step (published code: 1); 0: none.
+
+    None: 1 under policies that compare gradients, so that every domain is measured in every step,
+    where that takes at most half of the step's granules; otherwise 0. Weights below what the
+    minimum amounts to are raised to it.
+    """
+
+    repetition: str = "repeat"
+    """What happens when a domain's sequences are used up.
+
+    ``repeat``: it starts over in another order. ``cap N``: it may be gone through N times (any
+    positive number), then its weight goes to the others; when too little is left of all, training
+    ends with a checkpoint. ``error``: training ends with a checkpoint and an error before a
+    sequence comes twice.
+    """
+
     decision_lag: int = 1
     """Steps between a measurement and the first step that it can influence, beyond the next one.
 
@@ -153,11 +181,36 @@ class BlendingConfig:
     """
 
     def __post_init__(self) -> None:
+        _require(
+            self.granule in GRANULES,
+            f"blending.granule is {self.granule!r}; the granules are {', '.join(GRANULES)}",
+        )
+        _require(
+            self.minimum_quota is None or self.minimum_quota >= 0,
+            f"blending.minimum_quota is {self.minimum_quota}; it must be at least 0",
+        )
+        cap = self.max_epochs
+        _require(
+            self.repetition in ("repeat", "error") or (cap is not None and 0 < cap < math.inf),
+            f"blending.repetition is {self.repetition!r}; use 'repeat', 'cap N' with a positive "
+            "number N of epochs, or 'error'",
+        )
         _require_in_range("blending.decision_lag", self.decision_lag, 0, 64)
         _require(
             self.stage_timeout_s > 0,
             f"blending.stage_timeout_s is {self.stage_timeout_s}; it must be positive",
         )
+
+    @property
+    def max_epochs(self) -> float | None:
+        """How often a domain may be gone through; None without a limit."""
+        if self.repetition == "error":
+            return 1.0
+        kind, _, number = self.repetition.partition(" ")
+        try:
+            return float(number) if kind == "cap" else None
+        except ValueError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -264,6 +317,11 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     return cls(**arguments)
 
 
+def _is_exponential(value: str) -> bool:
+    """Whether YAML took a number without a point, such as 1e-4, for a text."""
+    return re.fullmatch(r"[+-]?[0-9]+[eE][+-]?[0-9]+", value) is not None
+
+
 def _checked(value: Any, annotation: str, name: str) -> Any:
     """``value`` as a field of this annotation takes it.
 
@@ -276,7 +334,7 @@ def _checked(value: Any, annotation: str, name: str) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == "int" and is_number and value == int(value):
         return int(value)
-    if kind == "float" and is_number:
+    if kind == "float" and (is_number or (isinstance(value, str) and _is_exponential(value))):
         return float(value)
     if kind == "str" and isinstance(value, str):
         return value

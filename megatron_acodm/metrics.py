@@ -120,6 +120,7 @@ def domain_metrics(
     samples: Sequence[int],
     losses: Sequence[float],
     rewards: Sequence[float] | None = None,
+    epochs: Sequence[float] | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
     """Arrange K-sized arrays as the ``domains`` entry of a step's line.
 
@@ -129,18 +130,53 @@ def domain_metrics(
         samples: [K] sequences of each domain in the batch.
         losses: [K] mean token loss of each domain; nan where it was not drawn.
         rewards: [K] smoothed rewards, nan where unknown; None if the policy has none.
+        epochs: [K] how often each domain has been gone through, this batch included.
     """
+    unknown = [None] * len(names)
     columns = (
         names,
         weights,
         samples,
         losses,
-        rewards if rewards is not None else [None] * len(names),
+        unknown if rewards is None else rewards,
+        unknown if epochs is None else epochs,
     )
     return {
-        name: {"weight": weight, "samples": int(count), "loss": loss, "reward": reward}
-        for name, weight, count, loss, reward in zip(*columns, strict=True)
+        name: {
+            "weight": weight,
+            "samples": int(count),
+            "loss": loss,
+            "reward": reward,
+            "epochs": epoch,
+        }
+        for name, weight, count, loss, reward, epoch in zip(*columns, strict=True)
     }
+
+
+def perplexity(loss: float) -> float:
+    """Perplexity of a mean token loss in nats; inf where it is beyond floats."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def mean_perplexities(
+    losses: Mapping[str, float], natural_weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Means of the domains' perplexities.
+
+    Args:
+        losses: mean token loss of each validated domain.
+        natural_weights: share of each training domain in all training tokens.
+
+    Returns:
+        ``unweighted``: every domain alike. ``natural``: by the natural weights of the domains that
+        were validated, left out when none of them is a training domain.
+    """
+    values = {name: perplexity(loss) for name, loss in losses.items()}
+    means = {"unweighted": sum(values.values()) / len(values)}
+    weights = {name: natural_weights[name] for name in values if name in natural_weights}
+    if total := sum(weights.values()):
+        means["natural"] = sum(values[name] * weights[name] for name in weights) / total
+    return means
 
 
 class MetricsWriter:
@@ -225,15 +261,29 @@ class MetricsWriter:
         }
         self._write(iteration, values)
 
-    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
-        """Record the validation loss of each domain after ``iteration`` steps.
+    def validation(
+        self, iteration: int, losses: Mapping[str, float], natural_weights: Mapping[str, float]
+    ) -> None:
+        """Record the validation of each domain after ``iteration`` steps.
 
         A validation that the file already holds, as after a resume, is not recorded again.
+
+        Args:
+            iteration: steps before it.
+            losses: mean token loss of each domain.
+            natural_weights: share of each training domain in all training tokens.
         """
         if iteration <= self._last_validation:
             return
         self._last_validation = iteration
-        self._write(iteration, {"validation": dict(losses)})
+        self._write(
+            iteration,
+            {
+                "validation": dict(losses),
+                "perplexity": {name: perplexity(loss) for name, loss in losses.items()},
+                "mean_perplexity": mean_perplexities(losses, natural_weights),
+            },
+        )
 
     def close(self) -> None:
         """Flush and close every output."""

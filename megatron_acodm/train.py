@@ -28,20 +28,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("megatron_acodm").setLevel(level)
     # Megatron warns on import of everything that is not installed, on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    from megatron_acodm.blending import DataExhausted
     from megatron_acodm.megatron.compat import UnsupportedHostError
 
     try:
         trainer = _set_up(args)
     except (ValueError, OSError, UnsupportedHostError) as error:
         _fail(f"error: rank {_rank()}: {error}")
-    trainer.train()
+    ended_early = ""
+    try:
+        trainer.train()
+    except DataExhausted as error:  # on every rank, after the last checkpoint
+        ended_early = f"error: {error}"
     if _rank() == 0:
         from megatron_acodm.report import closing_table
 
-        print(closing_table(args.run_dir))
+        print(closing_table(args.run_dir), flush=True)
+        print(ended_early, file=sys.stderr, end="\n" if ended_early else "", flush=True)
     import torch
 
     torch.distributed.destroy_process_group()
+    sys.exit(bool(ended_early))
 
 
 def _set_up(args: Namespace) -> Trainer:

@@ -28,7 +28,7 @@ def _check(*arguments: str, world_size: int = 1) -> None:
 @pytest.mark.parametrize(
     ("arguments", "world_size", "message"),
     [
-        (("--global-batch-size", "15"), 1, "--global-batch-size 15 is not a multiple of"),
+        (("--global-batch-size", "15"), 1, "global batch size 15 is not a multiple of"),
         (("--global-batch-size", "6"), 2, r"2 x 2 = 4; the next that fits is 8"),
         (("--micro-batch-size", "0"), 1, "--micro-batch-size is 0; it must be at least 1"),
         (("--hidden-size", "30"), 1, "--hidden-size 30 is not a multiple of --num-attention-heads"),
@@ -139,7 +139,7 @@ def test_a_domain_of_less_than_a_sequence_ends_both_ranks(train: Train, corpus: 
         processes=2,
     )
     assert run.code != 0
-    assert len(re.findall(r"error: rank \d+: domain .* has 0 training sequences", run.output)) == 1
+    assert len(re.findall(r"error: rank \d+: domain .* has no training sequence", run.output)) == 1
     assert "--seq-length" in run.output
 
 

@@ -79,6 +79,6 @@ def test_a_batch_of_another_domain_than_the_ledgers_is_refused() -> None:
     start_megatron()
     sample = {key: torch.ones(2, 4) for key in ("tokens", "labels", "loss_mask")}
     sample["dataset_id"] = torch.tensor([1, 1])
-    assert get_batch(iter([sample]), 2, 4, domain=1)["tokens"].shape == (2, 4)
-    with pytest.raises(RuntimeError, match="domain 0; the reward would be credited"):
-        get_batch(iter([sample]), 2, 4, domain=0)
+    assert get_batch(iter([sample]), 2, 4, domains=[1, 1])["tokens"].shape == (2, 4)
+    with pytest.raises(RuntimeError, match=r"has \[1, 0\]; the reward would be credited"):
+        get_batch(iter([sample]), 2, 4, domains=[1, 0])

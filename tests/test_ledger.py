@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import mixtures
 
-from megatron_acodm.blending import Ledger, mapping
+from megatron_acodm.blending import Ledger, mapping, quotas
 from megatron_acodm.blending.mapping import ONE
 
 MASK = (1 << 64) - 1
@@ -80,7 +81,7 @@ def naive_samples(ledger: Ledger, stages: list) -> list[tuple[int, int, int, int
     due, cursor = [0] * ledger.num_domains, [0] * ledger.num_domains
     samples = []
     for stage, (weights, count) in enumerate(stages):
-        units = mapping.to_units(weights).tolist()
+        units = quotas.to_units(weights).tolist()
         n = count // granule_size
         dealt = [
             (k, cursor[k] + j * granule_size)
@@ -100,24 +101,6 @@ def naive_samples(ledger: Ledger, stages: list) -> list[tuple[int, int, int, int
 
 
 # Strategies -----------------------------------------------------------------------------------
-
-
-@st.composite
-def mixtures(draw, num_domains: int):
-    """Weights [K]: ordinary, with zeros, one-hot, or spread over many orders of magnitude."""
-    kind = draw(st.sampled_from(["plain", "zeros", "one-hot", "extreme"]))
-    if kind == "one-hot":
-        hot = draw(st.integers(0, num_domains - 1))
-        return [float(k == hot) for k in range(num_domains)]
-    value = {
-        "plain": st.floats(0.01, 1.0),
-        "zeros": st.sampled_from([0.0, 0.3, 1.0]),
-        "extreme": st.sampled_from([1e-12, 1e-7, 1e-3, 1.0]),
-    }[kind]
-    raw = draw(st.lists(value, min_size=num_domains, max_size=num_domains))
-    if sum(raw) == 0:
-        raw[0] = 1.0
-    return [x / sum(raw) for x in raw]
 
 
 @st.composite
@@ -184,26 +167,6 @@ def test_compiled_and_numpy_agree_on_epochs_of_any_size(size):
     np.testing.assert_array_equal(
         sequences, mapping.compiled.epoch_and_index(domains, positions, sizes, streams, 99)[1]
     )
-
-
-@needs_compiler
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_compiled_and_numpy_apportion_alike_from_any_carry(data):
-    num_domains = data.draw(st.integers(1, 12))
-    units = mapping.to_units(data.draw(mixtures(num_domains)))
-    carry = np.array(
-        data.draw(
-            st.lists(st.integers(-3 * ONE, 3 * ONE), min_size=num_domains, max_size=num_domains)
-        )
-    )
-    granules = data.draw(st.integers(0, 60))
-    for ours, reference in zip(
-        mapping.compiled.apportion(units, granules, carry),
-        mapping.numpy_apportion(units, granules, carry),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, reference)
 
 
 def test_the_order_of_scheme_1_never_changes():
@@ -399,7 +362,7 @@ def test_extreme_mixtures_over_any_number_of_domains(num_domains, shape):
 
 def test_epochs_are_counted_and_a_repeated_one_is_logged(caplog):
     ledger = Ledger([10, 1000], 1, seed=0, names=["small", "large"])
-    with caplog.at_level(logging.INFO, logger="megatron_acodm.blending.ledger"):
+    with caplog.at_level(logging.INFO, logger="megatron_acodm.blending.repetition"):
         for _ in range(2):
             ledger.append([0.5, 0.5], 10)
         assert not caplog.messages  # used up, but nothing is repeated yet

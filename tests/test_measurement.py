@@ -31,7 +31,7 @@ def unpatched() -> Iterator[None]:
 def _mixer(model: TrainingModel) -> Mixer:
     mixer = megatron_acodm.patch(AcodmConfig(alignment=CONFIG), RUN)
     assert mixer is not None
-    mixer.bind(["a", "b", "c", "d"], [10] * 4, [2, 1, 3, 0], [None])
+    mixer.bind(["a", "b", "c", "d"], [10] * 4, [2, 1, 3, 0], [None], [0] * 4)
     mixer.attach(model.chunks)
     return mixer
 
@@ -49,7 +49,9 @@ def _measure(model: TrainingModel, batches: list[torch.Tensor] = BATCHES, runs: 
 
 def _reference(model: TrainingModel) -> tuple[np.ndarray, np.ndarray]:
     """Mean gradients ``[4, P]`` and losses ``[4]`` by domain, by plain autograd."""
-    domains = _mixer(model).micro_batch_domains(0).tolist()
+    by_sequence = _mixer(model).micro_batch_domains(0)
+    assert (by_sequence == by_sequence[:, :1]).all()
+    domains = by_sequence[:, 0].tolist()
     megatron_acodm.unpatch()
     assert sorted(domains) == [0, 0, 1, 2, 2, 2]
     module = model.chunks[0].module
@@ -211,6 +213,6 @@ def test_a_ledger_that_differs_from_rank_0s_ends_the_step(monkeypatch: pytest.Mo
 
 def test_a_step_at_another_sample_than_the_ledgers_is_refused() -> None:
     mixer = _mixer(tiny_model())
-    message = "step 2 starts at sample 10, the ledger expects 12"
+    message = "a step starts at sample 10, the ledger's at 0 and 12"
     with pytest.raises(RuntimeError, match=message), mixer.step(2, 10):
         pass

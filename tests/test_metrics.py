@@ -19,6 +19,7 @@ from megatron_acodm.metrics import (
     MetricsWriter,
     RunInfo,
     domain_metrics,
+    mean_perplexities,
     read_metrics,
     read_run_info,
     write_run_info,
@@ -35,7 +36,9 @@ def write_steps(writer: MetricsWriter, first: int, last: int, loss: float = 2.0)
             lm_loss=loss,
             step_time_s=0.5,
             mixing_time_s=0.01,
-            domains=domain_metrics(NAMES, [0.25, 0.75], [2, 6], [2.5, 1.5], [0.1, -0.1]),
+            domains=domain_metrics(
+                NAMES, [0.25, 0.75], [2, 6], [2.5, 1.5], [0.1, -0.1], [0.5, 2.0]
+            ),
         )
 
 
@@ -53,10 +56,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_step_and_a_validation_are_a_line_each_with_the_agreed_names(tmp_path: Path) -> None:
     with open_writer(tmp_path) as writer:
-        writer.validation(0, {"Books": 9.0, "C/C++ Code": 8.0})
+        writer.validation(
+            0, {"Books": 9.0, "C/C++ Code": 8.0}, {"Books": 0.1, "C/C++ Code": 0.3, "Law": 0.6}
+        )
         write_steps(writer, 1, 1)
     validation, step = lines(tmp_path)
-    assert validation == {"iteration": 0, "validation": {"Books": 9.0, "C/C++ Code": 8.0}}
+    assert validation == {
+        "iteration": 0,
+        "validation": {"Books": 9.0, "C/C++ Code": 8.0},
+        "perplexity": {"Books": math.exp(9.0), "C/C++ Code": math.exp(8.0)},
+        "mean_perplexity": {
+            "unweighted": (math.exp(9.0) + math.exp(8.0)) / 2,
+            "natural": pytest.approx(0.25 * math.exp(9.0) + 0.75 * math.exp(8.0)),
+        },
+    }
     assert step == {
         "iteration": 1,
         "consumed_samples": 8,
@@ -64,10 +77,25 @@ def test_a_step_and_a_validation_are_a_line_each_with_the_agreed_names(tmp_path:
         "step_time_s": 0.5,
         "mixing_time_s": 0.01,
         "domains": {
-            "Books": {"weight": 0.25, "samples": 2, "loss": 2.5, "reward": 0.1},
-            "C/C++ Code": {"weight": 0.75, "samples": 6, "loss": 1.5, "reward": -0.1},
+            "Books": {"weight": 0.25, "samples": 2, "loss": 2.5, "reward": 0.1, "epochs": 0.5},
+            "C/C++ Code": {
+                "weight": 0.75,
+                "samples": 6,
+                "loss": 1.5,
+                "reward": -0.1,
+                "epochs": 2.0,
+            },
         },
     }
+
+
+def test_perplexity_is_averaged_over_the_domains_alike_and_by_natural_weight() -> None:
+    losses = {"a": 1.0, "b": 2.0, "held out": 3.0}
+    means = mean_perplexities(losses, {"a": 0.6, "b": 0.2, "never validated": 0.2})
+    assert means["unweighted"] == pytest.approx((math.e + math.e**2 + math.e**3) / 3)
+    assert means["natural"] == pytest.approx(0.75 * math.e + 0.25 * math.e**2)
+    assert mean_perplexities({"c": 1.0}, {"a": 1.0}) == {"unweighted": pytest.approx(math.e)}
+    assert mean_perplexities({"c": 1e4}, {})["unweighted"] == math.inf
 
 
 def test_numbers_that_are_not_finite_become_null_and_arrays_become_lists(tmp_path: Path) -> None:
@@ -87,16 +115,22 @@ def test_numbers_that_are_not_finite_become_null_and_arrays_become_lists(tmp_pat
         )
     (step,) = lines(tmp_path)
     assert step["lm_loss"] is None
-    assert step["domains"]["Books"] == {"weight": 0.0, "samples": 0, "loss": None, "reward": None}
+    assert step["domains"]["Books"] == {
+        "weight": 0.0,
+        "samples": 0,
+        "loss": None,
+        "reward": None,
+        "epochs": None,
+    }
     assert step["grad_norm"] == 2.0
     assert step["diagnostics"] == {"q_loss": None, "shares": [0.5, None]}
 
 
 def test_resuming_drops_later_lines_and_the_torn_one_and_goes_on(tmp_path: Path) -> None:
     with open_writer(tmp_path) as writer:
-        writer.validation(0, {"Books": 9.0})
+        writer.validation(0, {"Books": 9.0}, {})
         write_steps(writer, 1, 3, loss=3.0)
-        writer.validation(3, {"Books": 8.0})
+        writer.validation(3, {"Books": 8.0}, {})
         write_steps(writer, 4, 6, loss=3.0)
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"iteration": 7, "lm_lo')
@@ -111,9 +145,9 @@ def test_resuming_drops_later_lines_and_the_torn_one_and_goes_on(tmp_path: Path)
 def test_no_iteration_is_ever_recorded_twice(tmp_path: Path) -> None:
     with open_writer(tmp_path) as writer:
         write_steps(writer, 1, 2)
-        writer.validation(2, {"Books": 8.0})
+        writer.validation(2, {"Books": 8.0}, {})
     with open_writer(tmp_path, resume_from=2) as writer:
-        writer.validation(2, {"Books": 8.0})  # as a resumed run may, before its first step
+        writer.validation(2, {"Books": 8.0}, {})  # as a resumed run may, before its first step
         with pytest.raises(ValueError, match=r"step 2 is already recorded.*resume_from"):
             write_steps(writer, 2, 2)
     assert [line["iteration"] for line in lines(tmp_path)] == [1, 2, 2]
@@ -176,7 +210,7 @@ def test_tensorboard_gets_every_scalar_by_quantity_and_domain(tmp_path: Path) ->
     )
     with MetricsWriter(tmp_path) as writer:
         write_steps(writer, 1, 3, loss=3.0)
-        writer.validation(3, {"Books": 8.0})
+        writer.validation(3, {"Books": 8.0}, {})
     with MetricsWriter(tmp_path, resume_from=1) as writer:
         write_steps(writer, 2, 2, loss=1.0)
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))

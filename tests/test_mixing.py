@@ -50,6 +50,7 @@ def _observation(iteration: int = 1, **changes: Any) -> Observation:
         "progress": iteration / 100,
         "weights": np.array([0.5, 0.3, 0.2]),
         "samples": np.array([8, 5, 3]),
+        "available": np.ones(3, dtype=bool),
         "loss": rng.uniform(2, 3, 3),
         "alignment": rng.normal(size=3),
         "grad_sq_norm": rng.uniform(1, 2, 3),

@@ -106,7 +106,9 @@ def test_with_a_policy_validation_and_test_splits_are_stock(
 def test_the_online_dataset_delivers_the_ledgers_domains(corpus: Corpus, tmp_path: Path) -> None:
     prefixes = _prefixes(corpus)
     names = {prefixes[0]: "first"}
-    config = AcodmConfig(mixing=MixingConfig(policy="uniform"), blending=BlendingConfig(3))
+    config = AcodmConfig(
+        mixing=MixingConfig(policy="uniform"), blending=BlendingConfig(decision_lag=3)
+    )
     mixer = megatron_acodm.patch(config, RUN, domain_names=names)
     assert mixer is not None
     train = _build(corpus, tmp_path, blend=(prefixes, [6.0, 3.0, 1.0]), split="80,10,10")[0]
@@ -128,7 +130,7 @@ def test_the_hosts_blend_weights_are_the_natural_ones(corpus: Corpus, tmp_path: 
 
 def test_a_domain_of_less_than_a_sequence_is_named(corpus: Corpus, tmp_path: Path) -> None:
     megatron_acodm.patch(AcodmConfig(mixing=MixingConfig(policy="uniform")), RUN)
-    with pytest.raises(ValueError, match=r"has 0 training sequences of 32 tokens; .*--seq-length"):
+    with pytest.raises(ValueError, match=r"has no training sequence of 32 tokens; .*--seq-length"):
         _build(corpus, tmp_path, blend=(_prefixes(corpus), None), split="0.0001,99,0.9")
 
 

@@ -39,7 +39,7 @@ def record(
     even, one_sided = np.full(k, 1 / k), np.arange(1, k + 1) / np.arange(1, k + 1).sum()
     with MetricsWriter(path, tensorboard=False) as writer:
         if validate:
-            writer.validation(0, dict.fromkeys(names, 5.0))
+            writer.validation(0, dict.fromkeys(names, 5.0), dict.fromkeys(names, 1 / k))
         for t in range(1, steps + 1):
             weights = even + (one_sided - even) * t / steps
             samples = rng.multinomial(8, weights)
@@ -52,11 +52,17 @@ def record(
                 step_time_s=0.5,
                 mixing_time_s=0.01,
                 domains=domain_metrics(
-                    names, weights, samples, losses, rewards if policy == "acodm" else None
+                    names,
+                    weights,
+                    samples,
+                    losses,
+                    rewards if policy == "acodm" else None,
+                    epochs=np.arange(k) + t / 8,
                 ),
             )
         if validate:
-            writer.validation(steps, dict.fromkeys(names, float(np.log(20.0))))
+            last = {name: float(np.log(20.0 + i)) for i, name in enumerate(names)}
+            writer.validation(steps, last, {names[0]: 0.75, names[-1]: 0.25})
     return path
 
 
@@ -116,12 +122,14 @@ def test_the_page_is_self_contained_and_complete(tmp_path: Path) -> None:
 def test_the_closing_table_states_tokens_weights_and_perplexities(tmp_path: Path) -> None:
     record(tmp_path, ["Books", "Code"], 10)
     table = closing_table(tmp_path).splitlines()
-    assert table[1].split() == ["domain", "tokens", "first", "last", "first", "last"]
+    assert table[1].split() == ["domain", "tokens", "epochs", "first", "last", "first", "last"]
     books, code = (line.split() for line in table[2:4])
-    assert [books[0], *books[2:]] == ["Books", "48.3%", "33.3%", "148.4", "20"]
-    assert [code[0], *code[2:]] == ["Code", "51.7%", "66.7%", "148.4", "20"]
+    assert [books[0], *books[2:]] == ["Books", "1.25", "48.3%", "33.3%", "148.4", "20"]
+    assert [code[0], *code[2:]] == ["Code", "2.25", "51.7%", "66.7%", "148.4", "21"]
     tokens = [int(row[1].replace(",", "")) for row in (books, code)]
     assert sum(tokens) == 10 * 8 * 256
+    assert table[4].split() == ["mean", "of", "domains", "148.4", "20.5"]
+    assert table[5].split() == ["by", "natural", "weight", "148.4", "20.25"]
     assert table[-1] == "mixing took 2.00% of the step time (10.0 of 500 ms a step)"
 
 
@@ -187,7 +195,7 @@ def test_a_run_without_a_policy_shows_its_loss_and_dashes_for_the_rest(tmp_path:
             )
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "No weights: policy none." in page
-    assert closing_table(tmp_path).splitlines()[2].split() == ["Books", *"–––––"]
+    assert closing_table(tmp_path).splitlines()[2].split() == ["Books", *"––––––"]
 
 
 def run_door(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -54,6 +54,7 @@ class ToyEnvironment:
             progress=iteration / self.steps,
             weights=weights,
             samples=4 * count,
+            available=np.ones(self.num_domains, dtype=bool),
             loss=loss + unseen,
             alignment=alignment + unseen,
             grad_sq_norm=scale * np.diag(self.gram) + unseen,

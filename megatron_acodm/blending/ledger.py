@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +12,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_acodm.blending import integrity, mapping
+from megatron_acodm.blending import integrity, mapping, quotas
 from megatron_acodm.blending.live import LedgerReader, StageRing
 from megatron_acodm.blending.mapping import MAX_COUNT, ONE, Int32Array, Int64Array
-
-logger = logging.getLogger(__name__)
-
-_SUM_TOLERANCE = 1e-3
+from megatron_acodm.blending.repetition import log_repetition
 
 
 class Ledger:
@@ -32,12 +28,16 @@ class Ledger:
 
     **Counts.** Weights and carries are integers, so the carries of all domains sum to exactly
     zero after any number of stages. Under constant weights every domain stays less than one
-    granule from its due sum of weights, after every granule (``mapping.numpy_apportion``), and
+    granule from its due sum of weights, after every granule (``quotas.numpy_apportion``), and
     however a stretch of constant weights is cut into stages. Under weights that change at will,
     no rule that cannot see the future guarantees that: by always giving the domains that were
     just served a weight of zero, one can force a lag of 1/2 + 1/3 + ... + 1/K granules. For
     weights that drift, a granule is what one sees. A domain of weight 0 is never drawn and keeps
     what it is owed.
+
+    **Bounds.** A stage may owe each domain a minimum, and a domain may be gone through only so
+    often (``max_epochs``). Weights that cannot be followed within these bounds are moved to the
+    nearest that can (``quotas.fit_units``), and it is those that the ledger holds.
 
     **Memory.** 16 K + 16 bytes a stage: 368 for K = 22, 0.37 GB for 10^6 stages; the array
     grows by doubling. ``drop_before`` releases stages that are no longer asked for.
@@ -49,6 +49,8 @@ class Ledger:
         granule_size: int,
         seed: int,
         names: Sequence[str] | None = None,
+        max_epochs: float | None = None,
+        stop_at_cap: bool = False,
     ) -> None:
         """Start an empty ledger.
 
@@ -57,6 +59,10 @@ class Ledger:
             granule_size: consecutive samples that share a domain, usually the micro-batch size.
             seed: of all shuffling, in [0, 2^63).
             names: [K] domains; they key each domain's order. ``domain 0`` and so on by default.
+            max_epochs: how often a domain may be gone through, at least a granule; None: without
+                end. A domain that has no whole granule left is not drawn any more.
+            stop_at_cap: refuse a stage that would pass a domain's cap, instead of drawing more
+                from the others.
 
         Raises:
             ValueError: for an empty domain, a name given twice, or a value out of range.
@@ -65,6 +71,8 @@ class Ledger:
         self.granule_size = int(granule_size)
         self.seed = int(seed)
         self.names = [f"domain {k}" for k in range(len(sizes))] if names is None else list(names)
+        self.max_epochs = max_epochs
+        self.stop_at_cap = stop_at_cap
         self._check_settings()
         self._streams = np.array([mapping.domain_stream(name) for name in self.names], np.uint64)
         self._rows = np.zeros((64, 2 * self.num_domains + 2), dtype=np.int64)
@@ -92,6 +100,8 @@ class Ledger:
             raise ValueError(f"granule_size is {self.granule_size}; it must be at least 1")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed}; it must lie in [0, 2^63)")
+        if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
+            raise ValueError(f"max_epochs is {self.max_epochs}; it must be positive, or None")
 
     # What is decided --------------------------------------------------------------------------
 
@@ -125,21 +135,33 @@ class Ledger:
         """A checksum of the settings and all stages; equal in replicas that agree."""
         return int(self._rows[self._length, -1])
 
-    def epochs(self) -> NDArray[np.float64]:
-        """[K] how often each domain has been gone through, by the decided samples."""
-        return self._cursor(self._length) / self.sizes
+    def epochs(self, before: int | None = None) -> NDArray[np.float64]:
+        """[K] how often each domain has been gone through, by the samples before one (all)."""
+        return self.drawn_before(self.num_samples if before is None else before) / self.sizes
 
-    def append(self, weights: ArrayLike, count: int) -> None:
+    def remaining(self) -> Int64Array:
+        """[K] granules that may still be drawn from each domain."""
+        if self.max_epochs is None:
+            return np.full(self.num_domains, MAX_COUNT // self.granule_size, dtype=np.int64)
+        caps = [min(int(self.max_epochs * size), MAX_COUNT) for size in self.sizes.tolist()]
+        left = np.array(caps, dtype=np.int64) - self._cursor(self._length)
+        return np.maximum(left, 0) // self.granule_size
+
+    def append(self, weights: ArrayLike, count: int, minimum: int = 0) -> None:
         """Decide the next ``count`` samples.
 
         Args:
             weights: [K] share of each domain, non-negative, summing to 1 up to rounding.
             count: samples in the stage, a multiple of ``granule_size``.
+            minimum: least granules of each domain that has a weight, as far as it has any left.
 
         Raises:
-            ValueError: for weights that are no mixture, or a count that is no whole granules.
+            ValueError: for weights that are no mixture, a count that is no whole granules, or a
+                minimum that they cannot give.
+            DataExhausted: when the domains with a weight have less than ``count`` samples left,
+                or, with ``stop_at_cap``, when a domain would pass its cap. Nothing is appended.
         """
-        units = mapping.to_units(self._checked_weights(weights))
+        units = quotas.to_units(quotas.checked_mixture(weights, self.names))
         if count < 1 or count % self.granule_size != 0:
             raise ValueError(
                 f"a stage of {count} samples is not a positive multiple of the granule size "
@@ -147,36 +169,49 @@ class Ledger:
             )
         if self.num_samples + count > MAX_COUNT:
             raise ValueError(f"a ledger holds at most {MAX_COUNT} samples")
-        quota, carry = mapping.apportion(units, count // self.granule_size, self._carry)
+        units, quota, carry = self._divide(units, count // self.granule_size, minimum)
         self._grow(self._length + 2)
         row = self._rows[self._length + 1]
         row[0] = self.num_samples + count
         row[1 : 1 + self.num_domains] = units
-        row[1 + self.num_domains : -1] = self._cursor(self._length) + quota * self.granule_size
+        drawn = self._cursor(self._length) + quota * self.granule_size
+        row[1 + self.num_domains : -1] = drawn
         row[-1] = integrity.link(row, self.digest)
         self._carry = carry
         self._length += 1
-        self._log_repetition()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            before = self._cursor(self._length - 1)
+            used_up = self.remaining() == 0
+            log_repetition(self.num_samples, self.names, self.sizes, before, drawn, used_up)
         if self._ring is not None:
             self._ring.publish(self.num_stages - 1, self._rows[self._length - 1 : self._length + 1])
 
-    def _checked_weights(self, weights: ArrayLike) -> list[float]:
-        values = np.asarray(weights, dtype=np.float64)
-        if values.shape != (self.num_domains,):
-            raise ValueError(
-                f"weights have the shape {list(values.shape)}; {self.num_domains} domains need "
-                f"[{self.num_domains}]"
+    def _divide(
+        self, units: Int64Array, num_granules: int, minimum: int
+    ) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """The weights that can be followed [K], granules [K] and carry [K] of a new stage."""
+        limits = self.remaining()
+        if self.stop_at_cap:
+            no_limits = np.full_like(limits, MAX_COUNT)
+            division = quotas.divide(units, num_granules, self._carry, minimum, no_limits)
+            self._refuse_passing(division[1], limits)
+            return division
+        try:
+            return quotas.divide(units, num_granules, self._carry, minimum, limits)
+        except quotas.DataExhausted as error:
+            raise quotas.DataExhausted(
+                f"every domain has been gone through {self.max_epochs:g} times, its cap, or will "
+                f"be with less than another step: {error} of {self.granule_size} sequences each"
+            ) from error
+
+    def _refuse_passing(self, quota: Int64Array, limits: Int64Array) -> None:
+        passed = np.flatnonzero(quota > limits).tolist()
+        if passed:
+            names = ", ".join(f"{self.names[k]} ({self.sizes[k]} sequences)" for k in passed)
+            raise quotas.DataExhausted(
+                f"{names} would be gone through more than {self.max_epochs:g} times from sample "
+                f"{self.num_samples} on"
             )
-        for name, value in zip(self.names, values.tolist(), strict=True):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"the weight of domain {name!r} is {value}; weights must be finite and at "
-                    "least 0"
-                )
-        total = math.fsum(values.tolist())
-        if abs(total - 1) > _SUM_TOLERANCE:
-            raise ValueError(f"the weights sum to {total:.6g}, not to 1; normalise them")
-        return values.tolist()
 
     def _grow(self, num_rows: int) -> None:
         if num_rows > len(self._rows):
@@ -186,31 +221,6 @@ class Ledger:
 
     def _cursor(self, row: int) -> Int64Array:
         return self._rows[row, 1 + self.num_domains : -1]
-
-    def _log_repetition(self) -> None:
-        """Log, on the first rank, each domain that starts over.
-
-        From the tenth epoch on, only those with one significant digit: tiny domains would flood
-        the log.
-        """
-        # The epoch, from 1, that the last sample drawn from each domain belongs to.
-        before, after = (
-            1 + np.maximum(self._cursor(row) - 1, 0) // self.sizes
-            for row in (self._length - 1, self._length)
-        )
-        repeated = np.flatnonzero(after > before).tolist()
-        if not repeated or (dist.is_initialized() and dist.get_rank() != 0):
-            return
-        for k in repeated:
-            old, new = str(before[k]), str(after[k])
-            if (len(old), old[0]) != (len(new), new[0]):
-                logger.info(
-                    "domain %s repeats: epoch %s of its %d sequences starts by sample %d",
-                    self.names[k],
-                    new,
-                    self.sizes[k],
-                    self.num_samples,
-                )
 
     def drop_before(self, index: int) -> None:
         """Forget the stages that end at or before sample ``index``, to save memory."""
@@ -263,14 +273,23 @@ class Ledger:
 
     def counts(self, first: int, count: int) -> Int64Array:
         """[K] samples of each domain among samples first to first + count - 1."""
-        return self._drawn_before(first + count) - self._drawn_before(first)
+        return self.drawn_before(first + count) - self.drawn_before(first)
 
-    def _drawn_before(self, index: int) -> Int64Array:
+    def drawn_before(self, index: int) -> Int64Array:
+        """[K] samples of each domain among those before sample ``index``."""
         if index == self.num_samples:
             return self.drawn
         row = self._row_of(index)
+        if index == self._rows[row, 0]:
+            return self._cursor(row).copy()
         part = np.arange(self._rows[row, 0], index, dtype=np.int64)
         return self._cursor(row) + np.bincount(self.locate(part)[0], minlength=self.num_domains)
+
+    def stage_at(self, index: int) -> tuple[int, int]:
+        """First sample and number of samples of the stage that sample ``index`` belongs to."""
+        row = self._row_of(index)
+        first = int(self._rows[row, 0])
+        return first, int(self._rows[row + 1, 0]) - first
 
     def weights_at(self, index: int) -> NDArray[np.float64]:
         """[K] the weights of the stage that sample ``index`` belongs to; they sum to 1."""
@@ -291,6 +310,25 @@ class Ledger:
                 else f"sample {index} cannot be located: stages before sample "
                 f"{self.first_sample} are not held"
             )
+
+    def restart_at(self, stage: int, sample: int, drawn: ArrayLike, digest: int) -> None:
+        """Forget everything and start where another ledger had got to; all readers follow.
+
+        Args:
+            stage: number of the first stage to come.
+            sample: its first sample.
+            drawn: [K] samples of each domain that count as drawn before.
+            digest: of the other ledger there, on which all digests to come will depend.
+        """
+        row = np.zeros(self._rows.shape[1], dtype=np.int64)
+        row[0] = sample
+        row[1 + self.num_domains : -1] = drawn
+        row[-1] = integrity.link(row, integrity.first_link(self.fingerprint()) ^ digest)
+        self._rows[0] = row
+        self._length, self._base_stage = 0, stage
+        self._carry = np.zeros(self.num_domains, dtype=np.int64)
+        if self._ring is not None:
+            self._ring.publish_all(stage, self._rows[:1])
 
     # Other processes --------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The arithmetic of blending, as pure functions: how a stage is divided, where a sample lies.
+"""The arithmetic of blending, as pure functions: where a sample lies.
 
 Each function exists twice, compiled (``csrc/ledger.cpp``) and in numpy, and the two agree bit for
 bit; numpy takes over where the extension was not built. Integers only, so every rank computes the
@@ -22,8 +22,6 @@ import functools
 import hashlib
 import importlib
 import logging
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,59 +56,6 @@ def domain_stream(name: str) -> int:
     From the name, not the place in the list: a domain keeps its order when others come or go.
     """
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
-def to_units(weights: Sequence[float]) -> Int64Array:
-    """Weights [K] of any positive sum as integers [K] that sum to exactly ONE; zeros stay zeros.
-
-    Weights below 1 / ONE (3.6e-15) of the sum become zero.
-    """
-    # fsum is exact, hence alike on every machine; numpy's sum depends on the vector width.
-    total = math.fsum(weights)
-    units = np.array([int(weight / total * ONE) for weight in weights], dtype=np.int64)
-    units[int(units.argmax())] += ONE - int(units.sum())
-    return units
-
-
-def numpy_apportion(
-    units: Int64Array, num_granules: int, carry: Int64Array
-) -> tuple[Int64Array, Int64Array]:
-    """Divide a stage's granules among the domains.
-
-    Granule after granule, each domain is credited its weight, and the granule goes to the one
-    whose entitlement would be a whole granule behind soonest at these weights: earliest deadline
-    first, as in Pfair scheduling (Baruah et al., "Proportionate progress", 1996). Under constant
-    weights that keeps every domain less than one granule from its due, always; the plain largest
-    remainder does not. A domain that is a granule or more behind goes first, furthest first, and
-    one that is ahead of its due only when nobody else can. Ties go to the lower domain.
-
-    Args:
-        units: weights [K] of the stage, summing to ONE.
-        num_granules: granules to hand out.
-        carry: [K] what each domain is owed (negative: is ahead) at the start, in 1 / ONE granules.
-
-    Returns:
-        Granules of each domain [K], and the carry [K] after the stage, which has the same sum as
-        the carry before it.
-    """
-    active = np.flatnonzero(units)
-    if len(active) == 0:
-        raise ValueError("every weight is zero")
-    rates, due = units[active], carry[active]
-    quota = np.zeros(len(active), dtype=np.int64)
-    deadline = (ONE - 1 - due) // rates - 1
-    for granule in range(num_granules):
-        due += rates
-        best = int(due.argmax())
-        entitled = due > 0
-        if due[best] < ONE and entitled.any():
-            best = int(np.where(entitled, deadline, np.iinfo(np.int64).max).argmin())
-        due[best] -= ONE
-        deadline[best] = granule + (ONE - 1 - due[best]) // rates[best]
-        quota[best] += 1
-    quotas, carries = np.zeros_like(units), carry.copy()
-    quotas[active], carries[active] = quota, due
-    return quotas, carries
 
 
 def numpy_locate(
@@ -250,7 +195,6 @@ def _compiled() -> tuple[Any, str]:
 
 
 compiled, _why_not_compiled = _compiled()
-apportion = compiled.apportion if compiled else numpy_apportion
 locate = compiled.locate if compiled else numpy_locate
 epoch_and_index = compiled.epoch_and_index if compiled else numpy_epoch_and_index
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
+import zlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch.distributed as dist
 
 if TYPE_CHECKING:
     from megatron_acodm.megatron.mixer import Mixer
 
 _SUFFIX = "_text_document"
+_CHECKED_DOCUMENTS = 16
+_CHECKED_TOKENS = 1024
 
 
 def domain_name(prefix: str) -> str:
@@ -48,8 +52,8 @@ def build_with_online_training_split(builder: Any, stock_build: Any, mixer: Mixe
         raise ValueError(f"the split {builder.config.split!r} leaves nothing for training")
     datasets = _build_one_epoch(builder, prefixes, train_range)
     names = [mixer.name_of_prefix(prefix) for prefix in prefixes]
-    sizes = _agree_on_sizes(datasets, names, builder.config)
-    train = mixer.bind(names, sizes, weights, datasets)
+    sizes, checksums = _agree_on_data(datasets, names, builder.config)
+    train = mixer.bind(names, sizes, weights, datasets, checksums)
     others = _stock_without_training(builder, stock_build)
     return [train, *others[1:]]
 
@@ -63,20 +67,34 @@ def _build_one_epoch(builder: Any, prefixes: list[str], train_range: Any) -> lis
     return splits[0]
 
 
-def _agree_on_sizes(datasets: list[Any], names: list[str], config: Any) -> list[int]:
-    """Sequences an epoch of each domain; rank 0, which always builds, tells the others."""
-    sizes = [None if dataset is None else len(dataset) for dataset in datasets]
+def _agree_on_data(
+    datasets: list[Any], names: list[str], config: Any
+) -> tuple[list[int], list[int]]:
+    """Sequences an epoch and checksum of each domain; rank 0, which always builds, tells all."""
+    found = [None if d is None else (len(d), _checksum(d)) for d in datasets]
     if dist.is_initialized():
-        message = [sizes]
+        message = [found]
         dist.broadcast_object_list(message, src=0)
-        sizes = message[0]
-    for name, size in zip(names, sizes, strict=True):
-        if not size:
+        found = message[0]
+    for name, data in zip(names, found, strict=True):
+        if data is None or data[0] == 0:
             raise ValueError(
-                f"domain {name!r} has {size} training sequences of {config.sequence_length} "
-                "tokens; each domain needs at least 1: remove it, add text, or lower --seq-length"
+                f"domain {name!r} has no training sequence of {config.sequence_length} tokens; "
+                "each domain needs at least 1: remove it, add text, or lower --seq-length"
             )
-    return [int(size) for size in sizes if size is not None]
+    return [size for size, _ in filter(None, found)], [crc for _, crc in filter(None, found)]
+
+
+def _checksum(dataset: Any) -> int:
+    """Checksum of the heads of a few documents: enough to notice that other data took its place."""
+    indices = dataset.indices  # of the split's documents in the file
+    checksum = zlib.crc32(str(len(indices)).encode())
+    for i in range(min(len(indices), _CHECKED_DOCUMENTS)):
+        document = int(indices[len(indices) * i // min(len(indices), _CHECKED_DOCUMENTS)])
+        length = min(_CHECKED_TOKENS, int(dataset.dataset.sequence_lengths[document]))
+        tokens = np.asarray(dataset.dataset.get(document, length=length), dtype=np.int64)
+        checksum = zlib.crc32(tokens.tobytes(), checksum)
+    return checksum
 
 
 def _stock_without_training(builder: Any, stock_build: Any) -> list[Any]:

@@ -96,9 +96,14 @@ def latest_iteration(root: str | Path) -> int | None:
 
 
 def load_checkpoint(
-    root: str | Path, model: TrainingModel, mixer: Mixer | None, fingerprint: dict[str, Any]
+    root: str | Path,
+    model: TrainingModel,
+    mixer: Mixer | None,
+    fingerprint: dict[str, Any],
+    *,
+    adopt: bool = False,
 ) -> int:
-    """Load the announced checkpoint, if any; collective.
+    """Load the announced checkpoint, if any; collective. ``adopt``: see ``load_sidecar``.
 
     Returns:
         The iteration it was saved after; 0 when there is none.
@@ -121,9 +126,9 @@ def load_checkpoint(
         raise ValueError(
             f"{folder} does not say which samples its run drew: it was not saved by this trainer"
         )
-    refuse_differences(folder, saved, fingerprint)
+    refuse_differences(folder, saved, fingerprint, except_for={"domains"} if mixer else ())
     if mixer is not None:
-        load_sidecar(mixer, folder, iteration)
+        load_sidecar(mixer, folder, iteration, adopt=adopt)
     try:
         state = dist_checkpointing.load(model.sharded_state(0, is_loading=True), str(folder))
     except (CheckpointingException, CheckpointException) as error:

@@ -55,7 +55,7 @@ def build_training_dataset(
     blend = (list(prefixes), None if weights is None else list(weights))
     config = dataset_config(args, tokenizer, blend=blend, split=args.split)
     config.split_matrix = [config.split_matrix[0], None, None]  # validation is built by domain
-    sizes = [args.train_iters * args.global_batch_size, 0, 0]
+    sizes = [args.train_samples, 0, 0]
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, reads_data, config).build()[0]
 
 
@@ -166,7 +166,7 @@ def build_training_iterator(args: Namespace, dataset: Any, consumed_samples: int
         return None
     sampler = ConsecutiveBatchSampler(
         consumed_samples,
-        args.train_iters * args.global_batch_size,
+        args.train_samples,
         args.micro_batch_size,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
@@ -182,7 +182,7 @@ def build_training_iterator(args: Namespace, dataset: Any, consumed_samples: int
 
 
 def get_batch(
-    iterator: Any, micro_batch_size: int, seq_length: int, domain: int | None
+    iterator: Any, micro_batch_size: int, seq_length: int, domains: Sequence[int] | None
 ) -> dict[str, torch.Tensor]:
     """The next micro-batch, on every tensor-parallel rank of the stages that use it.
 
@@ -190,14 +190,14 @@ def get_batch(
         iterator: yields collated samples; used on the one tensor-parallel rank that reads data.
         micro_batch_size: sequences.
         seq_length: tokens a sequence.
-        domain: the domain that the micro-batch must be of, or None if that is not known.
+        domains: domain that each sequence must be of, or None if that is not known.
 
     Returns:
         ``tokens``, ``labels`` int64 and ``loss_mask`` float32, ``[micro_batch, sequence]``; empty
         on middle pipeline stages.
 
     Raises:
-        RuntimeError: when the loader and the ledger disagree about the domain.
+        RuntimeError: when the loader and the ledger disagree about the domains.
     """
     from megatron.core import parallel_state
 
@@ -205,10 +205,10 @@ def get_batch(
         return {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         sample = next(iterator)
-        if domain is not None and not (sample["dataset_id"] == domain).all():
+        if domains is not None and sample["dataset_id"].tolist() != list(domains):
             raise RuntimeError(
                 f"the loader delivered domains {sample['dataset_id'].tolist()} where the ledger "
-                f"has domain {domain}; the reward would be credited to the wrong domain"
+                f"has {list(domains)}; the reward would be credited to the wrong domain"
             )
         packed = torch.cat([sample[key].long() for key in _KEYS], dim=1).cuda(non_blocking=True)
     else:

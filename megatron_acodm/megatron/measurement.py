@@ -17,6 +17,9 @@ from megatron_acodm.config import AlignmentConfig
 from megatron_acodm.megatron.groups import ParallelGroups
 from megatron_acodm.megatron.parameters import SelectedParameter, WeightProbe
 
+SEQUENCE_LOSSES = "sequence lm losses"
+"""Entry of a loss report that tells a micro-batch's sequences apart."""
+
 
 @dataclass(frozen=True)
 class StepStatistics:
@@ -86,16 +89,22 @@ class StepMeasurement:
         vector = 4 * self._num_domains + 3 * self._num_probes + 1
         return self.estimator.packed_bytes + 8 * vector
 
-    def begin(self, domains: Sequence[int], grad_scale: torch.Tensor, per_token: bool) -> None:
+    def begin(self, domains: np.ndarray, grad_scale: torch.Tensor, per_token: bool) -> None:
         """Start a step whose micro-batches on this rank are of the given domains, in order.
 
         Args:
-            domains: domain of each of this rank's micro-batches.
+            domains: ``[micro-batches, micro-batch size]`` domain of each sequence; where gradients
+                are measured, a micro-batch is of one domain.
             grad_scale: factor that the host multiplies losses with before the backward pass.
             per_token: whether the host sums token losses (``calculate_per_token_loss``).
         """
         self.seconds = 0.0
-        self._domains = list(domains)
+        self._num_micro_batches = len(domains)
+        is_pure = (domains == domains[:, :1]).all()
+        self._domains: list[int] | None = domains[:, 0].tolist() if is_pure else None
+        self._sequence_domains = None
+        if not is_pure:
+            self._sequence_domains = torch.from_numpy(domains).long().to(self._device)
         self._grad_scale = grad_scale
         self._per_token = per_token
         self._reset()
@@ -115,7 +124,8 @@ class StepMeasurement:
             self._reset()
         micro_batch = self._calls[index]
         self._calls[index] += 1
-        if micro_batch < len(self._domains):
+        assert self._domains is not None  # the mixer allows no other granule with gradients
+        if micro_batch < self._num_micro_batches:
             domain = self._domains[micro_batch]
             parameter = self._parameters[index].parameter
             if getattr(parameter, "grad_added_to_main_grad", False):
@@ -129,21 +139,37 @@ class StepMeasurement:
         if not self._active:
             return
         start = time.perf_counter()
-        if num_microbatches != len(self._domains):
+        if num_microbatches != self._num_micro_batches:
             raise RuntimeError(
                 f"the host runs {num_microbatches} micro-batches a step on this rank, "
-                f"{len(self._domains)} were planned; give the mixer the host's batch sizes"
+                f"{self._num_micro_batches} were planned; give the mixer the host's batch sizes"
             )
         if len(forward_data_store) == 1 and self._forwards > 0:
             self._reset()  # the host runs the step again
         if len(forward_data_store) > self._forwards:
             self._forwards = len(forward_data_store)
             if self._groups.owns_loss:
-                loss_sum, tokens = _loss_and_tokens(forward_data_store[-1])
-                domain = self._domains[self._forwards - 1]
-                self.estimator.extra[domain] += loss_sum
-                self.estimator.extra[self._num_domains + domain] += tokens
+                self._add_losses(forward_data_store[-1], self._forwards - 1)
         self.seconds += time.perf_counter() - start
+
+    def _add_losses(self, report: Any, micro_batch: int) -> None:
+        loss_sums, tokens = self.estimator.extra.view(2, self._num_domains)
+        if self._domains is not None:
+            loss_sum, count = _loss_and_tokens(report)
+            loss_sums[self._domains[micro_batch]] += loss_sum
+            tokens[self._domains[micro_batch]] += count
+            return
+        assert self._sequence_domains is not None
+        if not isinstance(report, dict) or SEQUENCE_LOSSES not in report:
+            raise RuntimeError(
+                "blending.granule is 'sequence', so losses must be told apart by sequence: let "
+                f"the loss function report {SEQUENCE_LOSSES!r} as well, [micro-batch size, 2] "
+                "loss sums and token counts, or use the granule 'micro-batch'"
+            )
+        losses = report[SEQUENCE_LOSSES].detach().to(loss_sums.dtype)
+        domains = self._sequence_domains[micro_batch]
+        loss_sums.index_add_(0, domains, losses[:, 0])
+        tokens.index_add_(0, domains, losses[:, 1])
 
     def around_finalize(self, finalize: Callable[..., None] | None) -> Callable[..., None]:
         """Wrap the host's ``finalize_model_grads``: our reduction runs while the host's does."""
@@ -169,7 +195,7 @@ class StepMeasurement:
         return wrapped
 
     def _check_complete(self) -> None:
-        expected = len(self._domains)
+        expected = self._num_micro_batches
         for selected, calls in zip(self._parameters, self._calls, strict=True):
             if calls != expected:
                 raise RuntimeError(

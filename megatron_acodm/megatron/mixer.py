@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -14,35 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_acodm.blending import Ledger, OnlineBlendedDataset
+from megatron_acodm.blending import DataExhausted, Ledger, OnlineBlendedDataset
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron.builder import domain_name
 from megatron_acodm.megatron.groups import ParallelGroups, check_layout
 from megatron_acodm.megatron.measurement import StepMeasurement, StepStatistics
 from megatron_acodm.megatron.parameters import make_probes, select_parameters
-from megatron_acodm.mixing import MixingController, Observation, build_policy
+from megatron_acodm.megatron.quota import granule_size, minimum_quota
+from megatron_acodm.megatron.run import RunShape
+from megatron_acodm.mixing import POLICIES, MixingController, Observation, Policy, build_policy
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """Sizes of a run that fix its data order and the state's progress."""
-
-    train_iters: int
-    global_batch_size: int  # sequences a step
-    micro_batch_size: int  # sequences a micro-batch
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        for name in ("train_iters", "global_batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.global_batch_size % self.micro_batch_size != 0:
-            raise ValueError(
-                f"global batch size {self.global_batch_size} is not a multiple of the micro-batch "
-                f"size {self.micro_batch_size}; change one of them"
-            )
 
 
 @dataclass(frozen=True)
@@ -52,6 +35,7 @@ class StepReport:
     statistics: StepStatistics
     weights: np.ndarray  # [K] that drew this step's batch
     samples: np.ndarray  # [K] sequences in this step's batch
+    epochs: np.ndarray  # [K] how often each domain has been gone through, this batch included
     rewards: np.ndarray | None  # [K], nan where unknown; only on rank 0
     diagnostics: dict[str, float]  # of the policy; only on rank 0
     mixing_seconds: float  # that this rank waited for mixing in this step
@@ -72,6 +56,8 @@ class Mixer:
         self._domain_names = dict(domain_names)
         self._controller: MixingController | None = None
         self._report: StepReport | None = None
+        self.exhausted: DataExhausted | None = None
+        """Why no more than the decided samples can be drawn, once that is so."""
 
     # Set-up -----------------------------------------------------------------------------------
 
@@ -97,6 +83,7 @@ class Mixer:
         sizes: Sequence[int],
         weights: Sequence[float] | None,
         datasets: Sequence[Any],
+        checksums: Sequence[int],
     ) -> OnlineBlendedDataset | None:
         """Take the domains of the run; called by the patched builder on every rank.
 
@@ -105,39 +92,67 @@ class Mixer:
             sizes: sequences an epoch of each.
             weights: the host's own blend weights, which then stand for the natural ones, or None.
             datasets: one-epoch datasets; None entries on ranks that read no data.
+            checksums: of each domain's data, to know it by when the run is resumed.
 
         Returns:
             The training dataset, or None on ranks that read no data.
+
+        Raises:
+            ValueError: for domains, settings and data that do not fit together.
         """
         if len(set(domains)) != len(domains):
             raise ValueError(f"domain names must differ, got {', '.join(domains)}")
-        natural = np.asarray(sizes if weights is None else weights, dtype=np.float64)
+        self.domains, self.sizes, self._checksums = list(domains), list(sizes), list(checksums)
+        blending, policy_class = self.config.blending, POLICIES[self.config.mixing.policy]
+        self._needs_alignment = policy_class.needs_alignment
+        self._granule_size = granule_size(blending, self.run, self._needs_alignment)
+        self._minimum = minimum_quota(
+            blending,
+            len(self.domains),
+            self.run.global_batch_size // self._granule_size,
+            self._needs_alignment,
+        )
         # Every rank builds the policy, so that bad settings fail on every rank alike; only rank 0
         # keeps it.
-        policy = build_policy(
-            self.config.mixing,
-            list(domains),
-            natural,
-            self.config.alignment.num_probes,
-            self.run.train_iters,
-            self.run.seed,
-        )
-        controller = MixingController(policy)
-        self.domains, self.sizes = list(domains), list(sizes)
-        self._needs_alignment = controller.needs_alignment
+        controller = MixingController(self._build_policy(weights))
         self._controller = controller if _rank() == 0 else None
         self.ledger = Ledger(
-            self.sizes, self.run.micro_batch_size, self.run.seed, names=self.domains
+            self.sizes,
+            self._granule_size,
+            self.run.seed,
+            names=self.domains,
+            max_epochs=blending.max_epochs,
+            stop_at_cap=blending.repetition == "error",
         )
-        for _ in range(1 + self.config.blending.decision_lag):
-            self.ledger.append(controller.initial_weights, self.run.global_batch_size)
+        self._append_ahead(0, controller.initial_weights)
+        if self.exhausted is not None:
+            raise ValueError(
+                f"there is not enough data for the first steps: {self.exhausted}; lower the "
+                "batch size, or change blending.repetition"
+            )
         if any(dataset is None for dataset in datasets):
             return None
         return OnlineBlendedDataset(
             list(datasets),
             self.ledger.reader(self.config.blending.stage_timeout_s),
-            size=self.run.train_iters * self.run.global_batch_size,
+            size=self.run.train_samples,
             names=self.domains,
+        )
+
+    def _build_policy(self, weights: Sequence[float] | None) -> Policy:
+        mixing = self.config.mixing
+        if mixing.min_weight is None and self._minimum > 0:
+            # What the ledger would raise weights to anyway; the policy should know.
+            granules = self.run.global_batch_size // self._granule_size
+            floor = max(0.1 / len(self.domains), self._minimum / granules)
+            mixing = dataclasses.replace(mixing, min_weight=min(floor, mixing.max_weight))
+        return build_policy(
+            mixing,
+            self.domains,
+            np.asarray(self.sizes if weights is None else weights, dtype=np.float64),
+            self.config.alignment.num_probes,
+            self.run.train_iters,
+            self.run.seed,
         )
 
     def attach(self, model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -157,13 +172,11 @@ class Mixer:
         check_layout(model_chunks)
         self._groups = ParallelGroups.from_parallel_state()
         self._model_config = get_model_config(model_chunks[0])
-        per_step = self.run.micro_batch_size * self._groups.data_size
-        if self.run.global_batch_size % per_step != 0:
-            raise ValueError(
-                f"global batch size {self.run.global_batch_size} is not a multiple of micro-batch "
-                f"size x data-parallel size = {self.run.micro_batch_size} x "
-                f"{self._groups.data_size} = {per_step}; change one of them"
-            )
+        self.run.check_divisible(
+            self.run.micro_batch_size * self._groups.data_size,
+            f"micro-batch size x data-parallel size = {self.run.micro_batch_size} x "
+            f"{self._groups.data_size}",
+        )
         num_layers = self._model_config.num_layers
         device = next(model_chunks[0].parameters()).device
         self._one = torch.ones(1, device=device)
@@ -187,17 +200,36 @@ class Mixer:
 
     # A step -----------------------------------------------------------------------------------
 
+    def num_samples(self, consumed_samples: int) -> int:
+        """Sequences of the step that starts at this sample; 0 when nothing is left to draw.
+
+        Raises:
+            RuntimeError: when no step of the ledger starts there.
+        """
+        if consumed_samples == self.ledger.num_samples and self.exhausted is not None:
+            return 0
+        first, count = self.ledger.stage_at(consumed_samples)
+        if first != consumed_samples:
+            raise RuntimeError(
+                f"a step starts at sample {consumed_samples}, the ledger's at {first} and "
+                f"{first + count}; give the mixer the batch sizes (and the ramp-up) of the host"
+            )
+        return count
+
     def micro_batch_domains(self, consumed_samples: int) -> np.ndarray:
-        """Domain of each of this rank's micro-batches in the step that starts here.
+        """Domain of each sequence of this rank's micro-batches in the step that starts here.
 
         Megatron's sampler deals micro-batches of consecutive samples to the data-parallel ranks
-        in turn, and a granule of the ledger is one micro-batch: no message is needed.
+        in turn: no message is needed.
+
+        Returns:
+            ``[micro-batches, micro-batch size]`` int32.
         """
-        run, groups = self.run, self._groups
-        first = consumed_samples + groups.data_rank * run.micro_batch_size
-        stride = groups.data_size * run.micro_batch_size
-        end = consumed_samples + run.global_batch_size
-        return self.ledger.locate(np.arange(first, end, stride, dtype=np.int64))[0]
+        size, groups = self.run.micro_batch_size, self._groups
+        count = self.num_samples(consumed_samples)
+        samples = np.arange(consumed_samples, consumed_samples + count, dtype=np.int64)
+        mine = samples.reshape(-1, groups.data_size, size)[:, groups.data_rank]
+        return self.ledger.locate(mine.reshape(-1))[0].reshape(-1, size)
 
     @contextlib.contextmanager
     def step(self, iteration: int, consumed_samples: int) -> Iterator[None]:
@@ -209,19 +241,15 @@ class Mixer:
         """
         if self.measurement is None:
             raise RuntimeError("the mixer is not attached to a model; call mixer.attach(model)")
-        expected = (iteration - 1) * self.run.global_batch_size
-        if consumed_samples != expected:
-            raise RuntimeError(
-                f"step {iteration} starts at sample {consumed_samples}, the ledger expects "
-                f"{expected}; a changing batch size is not supported with an online policy"
-            )
+        if self.num_samples(consumed_samples) == 0:
+            raise RuntimeError(f"step {iteration} has no samples left: {self.exhausted}")
         start = time.perf_counter()
         config = self._model_config
         finalize = config.finalize_model_grads_func
         config.finalize_model_grads_func = self.measurement.around_finalize(finalize)
         scale = config.grad_scale_func
         self.measurement.begin(
-            self.micro_batch_domains(consumed_samples).tolist(),
+            self.micro_batch_domains(consumed_samples),
             self._one if scale is None else scale(self._one),
             bool(config.calculate_per_token_loss),
         )
@@ -236,7 +264,8 @@ class Mixer:
         assert self.measurement is not None
         start = time.perf_counter()
         weights = self.ledger.weights_at(consumed_samples)
-        samples = self.ledger.counts(consumed_samples, self.run.global_batch_size)
+        count = self.num_samples(consumed_samples)
+        samples = self.ledger.counts(consumed_samples, count)
         measured_before = self.measurement.seconds
         statistics = self.measurement.finish(samples / samples.sum())
         decision = np.zeros(len(self.domains))
@@ -247,6 +276,7 @@ class Mixer:
                 progress=min(1.0, iteration / self.run.train_iters),
                 weights=weights,
                 samples=samples,
+                available=self.ledger.remaining() > 0,
                 loss=statistics.loss,
                 alignment=statistics.alignment,
                 grad_sq_norm=statistics.grad_sq_norm,
@@ -255,9 +285,30 @@ class Mixer:
             )
             decision = self._controller.decide(observation)
             rewards, diagnostics = self._controller.rewards, self._controller.diagnostics()
-        self.ledger.append(self._agree_on(decision), self.run.global_batch_size)
+        self._append_ahead(consumed_samples + count, self._agree_on(decision))
         seconds += time.perf_counter() - start + measured_before
-        self._report = StepReport(statistics, weights, samples, rewards, diagnostics, seconds)
+        self._report = StepReport(
+            statistics,
+            weights,
+            samples,
+            self.ledger.epochs(before=consumed_samples + count),
+            rewards,
+            diagnostics,
+            seconds,
+        )
+
+    def _append_ahead(self, consumed_samples: int, weights: np.ndarray) -> None:
+        """Decide all steps up to the lag behind the one that starts here, where they are not."""
+        end = consumed_samples
+        for _ in range(1 + self.config.blending.decision_lag):
+            end += self.run.batch_size(end)
+        while self.ledger.num_samples < end and self.exhausted is None:
+            count = self.run.batch_size(self.ledger.num_samples)
+            fits = self._minimum * len(self.domains) * self._granule_size <= count
+            try:
+                self.ledger.append(weights, count, minimum=self._minimum if fits else 0)
+            except DataExhausted as error:
+                self.exhausted = error
 
     def _agree_on(self, decision: np.ndarray) -> np.ndarray:
         """Rank 0's decision, on every rank; also checks that the ledgers are still the same."""
@@ -275,20 +326,39 @@ class Mixer:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumed run to draw the same samples."""
-        return {
-            "domains": self.domains,
-            "sequences per epoch": self.sizes,
+        fingerprint = {
+            "domains": {
+                name: {"sequences": size, "checksum": checksum}
+                for name, size, checksum in zip(
+                    self.domains, self.sizes, self._checksums, strict=True
+                )
+            },
             "policy": self.config.mixing.policy,
             "mixing.weights": self.config.mixing.weights,
             # Rewards of other gradients must not be averaged with the saved ones.
-            "alignment": json.loads(json.dumps(asdict(self.config.alignment))),
+            "alignment": asdict(self.config.alignment),
             "decision lag": self.config.blending.decision_lag,
+            "granule": self.config.blending.granule,
+            "minimum quota": self.config.blending.minimum_quota,
             **{
                 name.replace("_", " "): value
                 for name, value in asdict(self.run).items()
                 if name != "train_iters"  # a run may be extended
             },
         }
+        return json.loads(json.dumps(fingerprint))  # as it will be read back
+
+    def continue_from(self, consumed_samples: int) -> None:
+        """Go on after ledger and policy were restored; collective.
+
+        A run that was saved when its data was used up has nothing decided ahead; under another
+        ``blending.repetition`` it goes on.
+        """
+        self.exhausted = None
+        weights = np.zeros(len(self.domains))
+        if self._controller is not None:
+            weights = self._controller.weights
+        self._append_ahead(consumed_samples, self._agree_on(weights))
 
     @property
     def control_group(self) -> dist.ProcessGroup:

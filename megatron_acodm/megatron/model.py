@@ -214,7 +214,7 @@ def _optimizer(args: Namespace, chunk: torch.nn.Module) -> tuple[Any, Any]:
     )
     _skip_updates_that_are_not_finite(optimizer)
     # Megatron counts the schedule in samples.
-    steps = args.train_iters * args.global_batch_size
+    steps = args.train_samples
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

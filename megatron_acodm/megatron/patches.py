@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron.compat import check_host_version, host_symbol
-from megatron_acodm.megatron.mixer import Mixer, RunShape
+from megatron_acodm.megatron.mixer import Mixer
+from megatron_acodm.megatron.run import RunShape
 
 logger = logging.getLogger(__name__)
 

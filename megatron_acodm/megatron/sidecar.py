@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_acodm.blending import adopt as adopt_ledger
 from megatron_acodm.files import write_atomically
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.mixing.serialization import load_state, save_state
@@ -35,15 +37,25 @@ def save_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> No
     dist.barrier(group=mixer.control_group)
 
 
-def load_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> bool:
-    """Restore ``mixer`` from a checkpoint; every rank must be able to read the folder.
+def load_sidecar(
+    mixer: Mixer, checkpoint_dir: str | Path, iteration: int, *, adopt: bool = False
+) -> bool:
+    """Restore an attached ``mixer`` from a checkpoint; collective, every rank must see the folder.
+
+    Args:
+        mixer: of this run.
+        checkpoint_dir: folder of the host's checkpoint.
+        iteration: steps that it was saved after.
+        adopt: accept other domains, or other data of theirs. Domains whose data is the same go on
+            where they were; when domains came or went, the policy starts afresh.
 
     Returns:
         False when the checkpoint has no sidecar: a plain Megatron checkpoint, from which the
         policy starts fresh.
 
     Raises:
-        ValueError: when the sidecar is damaged, or of a run with other domains, sizes or seed.
+        ValueError: when the sidecar is damaged, or of a run that differs: in its seed or batch
+            sizes, or, without ``adopt``, in its domains.
     """
     folder = Path(checkpoint_dir) / FOLDER
     if not folder.is_dir():
@@ -52,42 +64,74 @@ def load_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> bo
         with open(folder / "acodm.json", encoding="utf-8") as file:
             description = json.load(file)
         saved, saved_iteration = description["fingerprint"], description["iteration"]
+        saved_domains = dict(saved["domains"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'acodm.json'} is damaged: {error}") from error
     if saved_iteration != iteration:
         raise ValueError(f"{folder} is of iteration {saved_iteration}, not of {iteration}")
-    refuse_differences(checkpoint_dir, saved, mixer.fingerprint())
-    mixer.ledger.load_state_dict(load_state(folder / "ledger"))
-    if mixer.controller is not None:
-        mixer.controller.load_state_dict(load_state(folder / "policy"))
+    current = mixer.fingerprint()
+    refuse_differences(checkpoint_dir, saved, current, except_for={"domains"} if adopt else set())
+    consumed = mixer.run.samples_before(iteration)
+    ledger, policy = load_state(folder / "ledger"), folder / "policy"
+    domains = current["domains"]
+    if list(domains.items()) == list(saved_domains.items()):
+        mixer.ledger.load_state_dict(ledger)
+    else:
+        kept = [name for name in domains if domains[name] == saved_domains.get(name)]
+        adopt_ledger(mixer.ledger, ledger, consumed, kept)
+        _tell_adoption(saved_domains, domains, kept)
+    if mixer.controller is not None and list(domains) == list(saved_domains):
+        mixer.controller.load_state_dict(load_state(policy))
+    mixer.continue_from(consumed)
     return True
 
 
+def _tell_adoption(saved: dict[str, Any], current: dict[str, Any], kept: list[str]) -> None:
+    policy = "goes on" if list(saved) == list(current) else "starts afresh"
+    logger.warning(
+        "adopting other data:\n  %s\n%d domains go on where they were, the others start at their "
+        "first sequence; the policy %s",
+        "\n  ".join(_domain_differences(saved, current)),
+        len(kept),
+        policy,
+    )
+
+
 def refuse_differences(
-    checkpoint_dir: str | Path, saved: dict[str, Any], current: dict[str, Any]
+    checkpoint_dir: str | Path,
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    except_for: Collection[str] = (),
 ) -> None:
     """Raise ValueError with a line for each setting in which a saved run and this one differ."""
-    differences = _differences(saved, current)
+    differences: list[str] = []
+    for key in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(key), current.get(key)
+        if key in except_for or json.dumps(before) == json.dumps(now):  # which keeps the order
+            continue
+        if key == "domains" and isinstance(before, dict) and isinstance(now, dict):
+            differences += _domain_differences(before, now)
+        else:
+            differences.append(f"{key}: saved {before}, now {now}")
     if differences:
         raise ValueError(
             f"{checkpoint_dir} was saved by a different run:\n  "
             + "\n  ".join(differences)
-            + "\nresume with the saved settings, or start without --load"
+            + "\nresume with the saved settings, or start without --load (other domains, and other "
+            "data of theirs, can be accepted with --acodm-adopt)"
         )
 
 
-def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    differences = []
-    for key in sorted(saved.keys() | current.keys()):
-        before, now = saved.get(key), current.get(key)
-        if before == now:
-            continue
-        if isinstance(before, list) and isinstance(now, list) and key == "domains":
-            gone = [name for name in before if name not in now]
-            new = [name for name in now if name not in before]
-            detail = [f"missing now: {', '.join(gone)}"] if gone else []
-            detail += [f"new: {', '.join(new)}"] if new else []
-            differences.append(f"domains: {'; '.join(detail) or 'in another order'}")
-        else:
-            differences.append(f"{key}: saved {before}, now {now}")
-    return differences
+def _domain_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    lines = [f"domain {name!r}: saved, but missing now" for name in saved if name not in current]
+    lines += [f"domain {name!r}: new, was not saved" for name in current if name not in saved]
+    for name in current:
+        before, now = saved.get(name, current[name]), current[name]
+        if before["sequences"] != now["sequences"]:
+            lines.append(
+                f"domain {name!r}: saved with {before['sequences']} sequences, now has "
+                f"{now['sequences']}"
+            )
+        elif before != now:
+            lines.append(f"domain {name!r}: as many sequences as saved, but of other text")
+    return lines or [f"order of the domains: saved {', '.join(saved)}; now {', '.join(current)}"]

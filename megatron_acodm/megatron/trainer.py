@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_acodm.arguments import run_shape
+from megatron_acodm.blending import DataExhausted
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron.checkpoint import load_checkpoint, save_checkpoint
 from megatron_acodm.megatron.data import (
@@ -21,24 +23,34 @@ from megatron_acodm.megatron.data import (
     build_validation_datasets,
     get_batch,
 )
-from megatron_acodm.megatron.mixer import RunShape
+from megatron_acodm.megatron.measurement import SEQUENCE_LOSSES
 from megatron_acodm.megatron.model import TrainingModel, build_model
 from megatron_acodm.megatron.patches import patch, unpatch
 from megatron_acodm.megatron.sources import DataSources, natural_weights
-from megatron_acodm.metrics import MetricsWriter, RunInfo, domain_metrics, write_run_info
+from megatron_acodm.metrics import (
+    MetricsWriter,
+    RunInfo,
+    domain_metrics,
+    mean_perplexities,
+    write_run_info,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def loss_func(
-    loss_mask: torch.Tensor | None, output: torch.Tensor
+    loss_mask: torch.Tensor | None, output: torch.Tensor, by_sequence: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Token losses to Megatron's triple: loss sum, token count, report of both."""
+    """Token losses ``[micro-batch, sequence]`` to Megatron's triple: loss sum, tokens, report.
+
+    The report holds both, and with ``by_sequence`` also those of each sequence.
+    """
     assert loss_mask is not None  # Megatron calls it on the last stage, which has the mask
-    mask = loss_mask.view(-1)
-    loss = (output.float().view(-1) * mask).sum()
-    tokens = mask.sum()
+    losses = output.float() * loss_mask
+    loss, tokens = losses.sum(), loss_mask.sum()
     report = {"lm loss": torch.stack([loss.detach(), tokens])}
+    if by_sequence:
+        report[SEQUENCE_LOSSES] = torch.stack([losses.detach().sum(1), loss_mask.sum(1)], dim=1)
     return loss, tokens.int(), report
 
 
@@ -57,13 +69,14 @@ class Trainer:
         self.sources = sources
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
-        self.num_microbatches = args.global_batch_size // (args.micro_batch_size * self.data_size)
-        run = RunShape(args.train_iters, args.global_batch_size, args.micro_batch_size, args.seed)
+        self.run = run_shape(args)
         names = dict(zip(sources.prefixes, sources.names, strict=True))
-        self.mixer = patch(config, run, domain_names=names)
+        self.mixer = patch(config, self.run, domain_names=names)
+        shares = natural_weights(sources.prefixes)
+        self.natural_weights = dict(zip(sources.names, shares, strict=True))
         weights = sources.weights
         if self.mixer is None and weights is None:
-            weights = natural_weights(sources.prefixes)
+            weights = shares
         tokenizer = sources.tokenizer
         self.train_data = build_training_dataset(args, tokenizer, sources.prefixes, weights)
         self.valid_data = build_validation_datasets(
@@ -74,7 +87,9 @@ class Trainer:
             self.mixer.attach(self.model.chunks)
         self.iteration = 0
         if args.load:
-            self.iteration = load_checkpoint(args.load, self.model, self.mixer, self._fingerprint())
+            self.iteration = load_checkpoint(
+                args.load, self.model, self.mixer, self._fingerprint(), adopt=args.acodm_adopt
+            )
             if self.iteration == 0:
                 _log(f"no checkpoint in {args.load}: starting from scratch")
         self.seconds: dict[str, float] = {}
@@ -82,7 +97,7 @@ class Trainer:
     def _fingerprint(self) -> dict[str, Any]:
         """What decides which samples a step draws, and must be the same when it is resumed."""
         args = self.args
-        names = ["seed", "global_batch_size", "seq_length", "split"]
+        names = ["seed", "global_batch_size", "rampup_batch_size", "seq_length", "split"]
         if self.mixer is None:
             names.append("train_iters")  # Megatron shuffles a static blend for its length
         settings = {name.replace("_", " "): getattr(args, name) for name in names}
@@ -98,20 +113,18 @@ class Trainer:
             f"{'resuming after' if self.iteration else 'starting at'} step {self.iteration} of "
             f"{args.train_iters}: {len(self.sources.names)} domains, policy "
             f"{self.mixer.config.mixing.policy if self.mixer else 'none'}, "
-            f"{self.num_microbatches} micro-batches x {self.data_size} data-parallel ranks a step"
+            f"{args.global_batch_size} sequences a step on {self.data_size} data-parallel ranks"
         )
         writer = None
         try:
             writer = self._open_metrics()
             if self.iteration == 0 and args.eval_interval:
                 self._validate(writer)
-            consumed = self.iteration * args.global_batch_size
-            iterator = build_training_iterator(args, self.train_data, consumed)
-            while self.iteration < args.train_iters:
+            iterator = build_training_iterator(args, self.train_data, self.consumed_samples)
+            while self._samples_to_come():
                 self._step(iterator, writer)
-                last = self.iteration == args.train_iters or _due(
-                    args.exit_interval, self.iteration
-                )
+                done = not self._samples_to_come()
+                last = done or _due(args.exit_interval, self.iteration)
                 if args.eval_interval and (last or _due(args.eval_interval, self.iteration)):
                     self._validate(writer)
                 if args.save and (last or _due(args.save_interval, self.iteration)):
@@ -122,40 +135,73 @@ class Trainer:
                     _log(f"saved {folder} in {time.perf_counter() - start:.1f} s")
                 if last:
                     break
+            self._explain_early_end()
         finally:
             unpatch()
             if writer is not None:
                 writer.close()
 
+    @property
+    def consumed_samples(self) -> int:
+        """Sequences of the steps so far."""
+        return self.run.samples_before(self.iteration)
+
+    def _samples_to_come(self) -> int:
+        """Sequences of the next step; 0 when the run, or its data, is at its end."""
+        if self.iteration >= self.args.train_iters:
+            return 0
+        if self.mixer is None:
+            return self.run.batch_size(self.consumed_samples)
+        return self.mixer.num_samples(self.consumed_samples)
+
+    def _explain_early_end(self) -> None:
+        """Say why training ended before its last step, if for want of data.
+
+        Raises:
+            DataExhausted: when the user wants that to be an error.
+        """
+        if self.mixer is None or self._samples_to_come() or self.mixer.exhausted is None:
+            return
+        if self.iteration >= self.args.train_iters:
+            return
+        reason = f"training ended after step {self.iteration}: {self.mixer.exhausted}"
+        kept = f"saved in {self.args.save}" if self.args.save else "nothing is saved without --save"
+        if self.mixer.config.blending.repetition == "error":
+            raise DataExhausted(f"{reason} ({kept})")
+        _log(f"{reason} ({kept})")
+
     def _step(self, iterator: Any, writer: MetricsWriter | None) -> None:
         start = time.perf_counter()
         self.seconds = {"data_s": 0.0}
-        consumed = self.iteration * self.args.global_batch_size
+        consumed, count = self.consumed_samples, self._samples_to_come()
         self.iteration += 1
         if self.mixer is None:
-            loss, grad_norm = self._update(iterator, None)
+            loss, grad_norm = self._update(iterator, count, None)
         else:
             domains = self.mixer.micro_batch_domains(consumed).tolist()
             with self.mixer.step(self.iteration, consumed):
-                _, grad_norm = self._update(iterator, domains)
+                _, grad_norm = self._update(iterator, count, domains)
             loss = self.mixer.report.statistics.mean_loss
         step_seconds = time.perf_counter() - start
         if writer is not None:
-            self._record(writer, loss, grad_norm, step_seconds)
+            self._record(writer, loss, grad_norm, step_seconds, count)
 
-    def _update(self, iterator: Any, domains: list[int] | None) -> tuple[float, float]:
+    def _update(
+        self, iterator: Any, count: int, domains: list[list[int]] | None
+    ) -> tuple[float, float]:
         model = self.model
         for chunk in model.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
         start = time.perf_counter()
-        reports = self._forward_backward(iterator, self.num_microbatches, domains, False)
+        micro_batches = count // (self.args.micro_batch_size * self.data_size)
+        reports = self._forward_backward(iterator, micro_batches, domains, False)
         self.seconds["forward_backward_s"] = time.perf_counter() - start
         start = time.perf_counter()
         succeeded, grad_norm, _ = model.optimizer.step()
         if succeeded:
-            model.scheduler.step(increment=self.args.global_batch_size)
+            model.scheduler.step(increment=count)
         else:
             _log(
                 f"step {self.iteration}: the gradient norm is {grad_norm}; the update was skipped "
@@ -166,11 +212,16 @@ class Trainer:
         return loss, float(grad_norm or 0.0)
 
     def _forward_backward(
-        self, iterator: Any, num_microbatches: int, domains: list[int] | None, forward_only: bool
+        self,
+        iterator: Any,
+        num_microbatches: int,
+        domains: list[list[int]] | None,
+        forward_only: bool,
     ) -> list[dict[str, torch.Tensor]]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         expected = iter(domains or ())
+        by_sequence = self.mixer is not None and self.mixer.config.blending.granule == "sequence"
 
         def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             start = time.perf_counter()
@@ -184,7 +235,9 @@ class Trainer:
             if tokens is not None:
                 positions = torch.arange(args.seq_length, device=tokens.device).expand_as(tokens)
             output = model(tokens, positions, None, labels=batch.get("labels"))
-            return output, functools.partial(loss_func, batch.get("loss_mask"))
+            return output, functools.partial(
+                loss_func, batch.get("loss_mask"), by_sequence=by_sequence
+            )
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -239,13 +292,14 @@ class Trainer:
             for name, row in zip(data.names, sums, strict=True)
             if row[1] > 0
         }
-        mean = sum(losses.values()) / len(losses)
+        means = mean_perplexities(losses, self.natural_weights)
+        figures = ", ".join(f"{name} {value:,.4g}" for name, value in means.items())
         _log(
-            f"validation after step {self.iteration}: mean loss over {len(losses)} domains "
-            f"{mean:.4f} ({time.perf_counter() - start:.1f} s)"
+            f"validation after step {self.iteration}: mean perplexity over {len(losses)} domains "
+            f"{figures} ({time.perf_counter() - start:.1f} s)"
         )
         if writer is not None:
-            writer.validation(self.iteration, losses)
+            writer.validation(self.iteration, losses, self.natural_weights)
 
     # Records ----------------------------------------------------------------------------------
 
@@ -272,7 +326,12 @@ class Trainer:
         )
 
     def _record(
-        self, writer: MetricsWriter, loss: float, grad_norm: float, step_seconds: float
+        self,
+        writer: MetricsWriter,
+        loss: float,
+        grad_norm: float,
+        step_seconds: float,
+        count: int,
     ) -> None:
         args = self.args
         domains: dict[str, dict[str, Any]] = {}
@@ -288,6 +347,7 @@ class Trainer:
                 report.samples.tolist(),
                 report.statistics.loss.tolist(),
                 None if report.rewards is None else report.rewards.tolist(),
+                report.epochs.tolist(),
             )
             extra = {
                 "alignment_bytes": self.mixer.measurement.reduced_bytes,
@@ -296,7 +356,7 @@ class Trainer:
         learning_rate = self.model.optimizer.param_groups[0]["lr"]
         writer.step(
             self.iteration,
-            consumed_samples=self.iteration * args.global_batch_size,
+            consumed_samples=self.consumed_samples,
             lm_loss=loss,
             step_time_s=step_seconds,
             mixing_time_s=mixing_seconds,
@@ -307,7 +367,7 @@ class Trainer:
             **extra,
         )
         if self.iteration % args.log_interval == 0 or self.iteration == 1:
-            tokens = args.global_batch_size * args.seq_length
+            tokens = count * args.seq_length
             _log(
                 f"step {self.iteration}/{args.train_iters} | loss {loss:.4f} | lr "
                 f"{learning_rate:.2e} | {step_seconds:.2f} s | {tokens / step_seconds:,.0f} "

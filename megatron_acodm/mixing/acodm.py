@@ -73,6 +73,13 @@ class AcodmPolicy(Policy):
         self._weights = self.bounds.project(weights)
         return self._weights
 
+    def restrict(self, available: np.ndarray) -> None:
+        """Mask the other domains out of the action, now and in every mixture to come."""
+        count = int(available.sum())
+        floor, ceiling = self.bounds.floor.max(), max(self.bounds.ceiling.max(), 1.0 / count)
+        self.bounds = Bounds.build(available, min(floor, ceiling), ceiling)
+        self.agent.restrict(self.bounds)
+
     def interrupt(self) -> None:
         """Forget the last state, so that no transition spans the lost step."""
         self._previous = None

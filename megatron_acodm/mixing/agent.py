@@ -114,6 +114,11 @@ class DDPGAgent:
         """The actor's mixture [K] float64 for a standardised ``state`` [S]."""
         return self.actor.network(state).double().numpy()
 
+    def restrict(self, bounds: Bounds) -> None:
+        """Let the actor choose within other bounds from now on."""
+        self.actor.network.restrict(bounds)
+        self.actor.target.restrict(bounds)
+
     @torch.enable_grad()
     def update(self, batch: Transitions) -> Losses:
         """One step of the critic, one of the actor; the targets follow. All standardised."""

@@ -36,6 +36,7 @@ class MixingController:
         self.dropped_steps = 0
         self.policy_failures = 0
         self._known_failures: set[str] = set()
+        self._available = policy.setting.active
 
     def decide(self, observation: Observation) -> np.ndarray:
         """Weights [K] float64 for the next undecided stage: a mixture, whatever happens."""
@@ -53,6 +54,9 @@ class MixingController:
                 )
             return self.weights.copy()
         try:
+            if not np.array_equal(observation.available, self._available):
+                self.policy.restrict(observation.available)
+                self._available = observation.available
             self.weights = self._checked(self.policy.decide(observation))
         except Exception as error:  # the run must survive any fault of the agent
             self._report_failure(observation.iteration, error)

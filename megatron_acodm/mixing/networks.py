@@ -34,6 +34,7 @@ class Actor(nn.Module):
     uniform one until it no longer does, which keeps the floor.
     """
 
+    log_share: Tensor
     log_prior: Tensor
     floor: Tensor
     uniform: Tensor
@@ -44,17 +45,21 @@ class Actor(nn.Module):
         """``prior`` [K] is the first mixture; strictly above the floor, or a domain is stuck."""
         super().__init__()
         self.net = _mlp(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
+        share = np.maximum(prior - bounds.floor, 1e-9)
+        self.register_buffer("log_share", torch.from_numpy(np.log(share)).float(), persistent=False)
+        for name in ("log_prior", "floor", "uniform"):
+            self.register_buffer(name, torch.empty(len(prior)), persistent=False)
+        self.restrict(bounds)
+
+    def restrict(self, bounds: Bounds) -> None:
+        """Choose within ``bounds`` from now on; the shares of the first mixture stay in force."""
         self.spread = 1.0 - float(bounds.floor.sum())
         self.ceiling = float(bounds.ceiling.max())
-        share = np.where(bounds.active, np.maximum(prior - bounds.floor, 1e-9), 0.0)
-        with np.errstate(divide="ignore"):  # masked domains: log 0, weight 0 whatever the net says
-            log_prior = np.log(share / share.sum())
-        for name, value in (
-            ("log_prior", log_prior),
-            ("floor", bounds.floor),
-            ("uniform", bounds.active / bounds.active.sum()),
-        ):
-            self.register_buffer(name, torch.from_numpy(value).float(), persistent=False)
+        active = torch.from_numpy(bounds.active)
+        # Log 0 for a masked domain: weight 0 whatever the network says.
+        self.log_prior.copy_(torch.where(active, self.log_share, -torch.inf))
+        self.floor.copy_(torch.from_numpy(bounds.floor))
+        self.uniform.copy_(active / active.sum())
 
     def forward(self, states: Tensor) -> Tensor:
         """Mixtures [..., K] for standardised ``states`` [..., S]."""

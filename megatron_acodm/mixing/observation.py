@@ -23,6 +23,9 @@ class Observation:
     samples: np.ndarray
     """[K] int64: sequences of each domain in this step's batch."""
 
+    available: np.ndarray
+    """[K] bool: the domains that the next undecided step may draw from; at least one."""
+
     loss: np.ndarray
     """[K] float64: mean token loss; nan where the domain was not drawn."""
 

@@ -79,6 +79,13 @@ class Policy(ABC):
     def decide(self, observation: Observation) -> np.ndarray:
         """Weights [K] float64, within ``bounds``, for the next stage that is not decided yet."""
 
+    def restrict(self, available: np.ndarray) -> None:  # noqa: B027 (see below)
+        """From now on only the ``available`` [K] bool domains can be drawn.
+
+        Whatever weight a policy gives to others goes to the available ones in proportion, so a
+        policy that does not learn from what its weights do need not care.
+        """
+
     def interrupt(self) -> None:  # noqa: B027 (most policies link no step to the one before)
         """A step was lost: the next observation does not follow from the last one."""
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_acodm.reporting import plots
 from megatron_acodm.reporting.run import LAST_STEPS, Run
-from megatron_acodm.reporting.table import domain_row, duration, number, percent, short
+from megatron_acodm.reporting.table import MEANS, domain_row, duration, number, percent, short
 
 
 def render(run: Run) -> str:
@@ -43,8 +43,8 @@ def _headline(run: Run) -> list[tuple[str, str, str]]:
         ),
     ]
     if len(run.perplexity):
-        first, last = np.exp(run.validation_losses[[0, -1]].mean(axis=1))
-        figures.append(("Validation perplexity", number(last), f"{number(first)} at first"))
+        for name, (first, last) in zip(MEANS, run.mean_perplexity[[0, -1]].T, strict=True):
+            figures.append(("Perplexity", number(last), f"{name}; {number(first)} at first"))
     figures += [
         (
             "Mixing",
@@ -82,8 +82,9 @@ def _plots(run: Run) -> list[tuple[str, str, str]]:
         ),
         _domain_plot(
             run, "Validation perplexity", run.perplexity, "nothing was validated",
-            "On each domain’s own held-out text; lower is better.",
+            "On each domain’s own held-out text; lower is better. Black: the mean of the domains.",
             x=run.validation_iteration, scale="log", markers=True,
+            overall=run.mean_perplexity[:, 0],
         ),
         (
             "Time", "Seconds a step, and the part of it that the step waited for mixing.",
@@ -97,7 +98,8 @@ def _domain_plot(
 ) -> tuple[str, str, str]:
     """A plot of [T, K] values, or the reason for their absence in its place."""
     options = {"x": run.iteration, **options}
-    if not np.isfinite(values).any() and "overall" not in options:
+    shown = [values, options["overall"]] if "overall" in options else [values]
+    if not any(np.isfinite(part).any() for part in shown):
         return heading, html.escape(f"No {heading.lower()}: {absent}."), ""
     name = heading.replace(" ", "-").lower()
     return heading, caption, plots.domain_lines(name, run.domains, values, **options)
@@ -128,9 +130,9 @@ def _card(label: str, figure: str, note: str) -> str:
 
 
 def _table_row(run: Run, k: int) -> str:
-    tokens, *values = domain_row(run, k)
+    tokens, epochs, *values = domain_row(run, k)
     share = run.tokens[k] / run.tokens.sum()
-    cells = "".join(f"<td>{cell}</td>" for cell in (tokens, percent(share), *values))
+    cells = "".join(f"<td>{cell}</td>" for cell in (tokens, percent(share), epochs, *values))
     swatch = plots.swatch(k)
     name = html.escape(run.domains[k])
     return f'<tr data-domain="{k}"><th scope="row">{swatch}{name}</th>{cells}</tr>'
@@ -194,9 +196,9 @@ _PAGE = """<!DOCTYPE html>
 <div class="cards">{headline}</div>
 <h2>Domains</h2><p>Point at a row to see its domain alone in every plot; click to keep it.</p>
 <div class="wide"><table><thead>
-<tr><th></th><th colspan="2">drawn</th><th colspan="2">weight</th>
+<tr><th></th><th colspan="3">drawn</th><th colspan="2">weight</th>
 <th colspan="2">perplexity</th></tr>
-<tr><th>domain</th><th>tokens</th><th>share</th><th>first</th><th>last</th><th>first</th>
+<tr><th>domain</th><th>tokens</th><th>share</th><th>epochs</th><th>first</th><th>last</th><th>first</th>
 <th>last</th></tr></thead><tbody>
 {rows}
 </tbody></table></div>

@@ -113,7 +113,7 @@ def domain_lines(
             if end is not None:
                 ends.append((end, f"{domain}  {_format(end, percent)}", gid, style))
         if overall is not None:
-            _line(axes, x, overall, "overall", smooth=True, color=_INK, linewidth=2.2)
+            _line(axes, x, overall, "overall", smooth=smooth, color=_INK, linewidth=2.2)
         _scale(axes, scale, values, percent=percent)
         _label_ends(axes, ends, height)
         return _svg(figure, name)

@@ -31,8 +31,10 @@ class Run:
     samples: np.ndarray  # [T, K] sequences
     losses: np.ndarray  # [T, K] mean token loss of each domain
     rewards: np.ndarray  # [T, K]
+    epochs: np.ndarray  # [T, K] how often each domain has been gone through
     validation_iteration: np.ndarray  # [V]
     validation_losses: np.ndarray  # [V, K]
+    mean_perplexity: np.ndarray  # [V, 2] over the domains: every one alike, by natural weights
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Run:
@@ -57,6 +59,7 @@ class Run:
                 samples=_table(steps, info.domains, "samples"),
                 losses=_table(steps, info.domains, "loss"),
                 rewards=_table(steps, info.domains, "reward"),
+                epochs=_table(steps, info.domains, "epochs"),
                 validation_iteration=_column(validations, "iteration"),
                 validation_losses=np.array(
                     [
@@ -65,6 +68,13 @@ class Run:
                     ],
                     dtype=np.float64,
                 ).reshape(len(validations), len(info.domains)),
+                mean_perplexity=np.array(
+                    [
+                        [line["mean_perplexity"].get(key) for key in ("unweighted", "natural")]
+                        for line in validations
+                    ],
+                    dtype=np.float64,
+                ).reshape(len(validations), 2),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(

@@ -7,16 +7,24 @@ import numpy as np
 from megatron_acodm.reporting.run import Run
 
 
+MEANS = ("mean of domains", "by natural weight")
+"""The two means of the domains' perplexities."""
+
+
 def closing_table(run: Run) -> str:
     """What happened to each domain, and what mixing cost, as plain text for a terminal."""
     width = max(len("domain"), *map(len, run.domains))
-    row = f"{{:<{width}}}  {{:>13}}  {{:>8}} {{:>8}}  {{:>10}} {{:>10}}".format
+    width = max(width, len(MEANS[0]), len(MEANS[1]))
+    row = f"{{:<{width}}}  {{:>13}} {{:>7}}  {{:>8}} {{:>8}}  {{:>10}} {{:>10}}".format
     lines = [
-        row("", "", "weight", "", "perplexity", ""),
-        row("domain", "tokens", "first", "last", "first", "last"),
+        row("", "", "", "weight", "", "perplexity", ""),
+        row("domain", "tokens", "epochs", "first", "last", "first", "last"),
     ]
     for k, name in enumerate(run.domains):
         lines.append(row(name, *domain_row(run, k)))
+    if len(run.mean_perplexity):
+        for name, values in zip(MEANS, run.mean_perplexity[[0, -1]].T, strict=True):
+            lines.append(row(name, "", "", "", "", *map(number, values)))
     lines.append(
         f"mixing took {run.mixing_share:.2%} of the step time "
         f"({1e3 * np.nanmean(run.mixing_time_s):.1f} of {1e3 * np.nanmean(run.step_time_s):.0f} ms "
@@ -25,11 +33,12 @@ def closing_table(run: Run) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def domain_row(run: Run, k: int) -> tuple[str, str, str, str, str]:
-    """Tokens, first and last weight, first and last validation perplexity of domain ``k``."""
+def domain_row(run: Run, k: int) -> tuple[str, str, str, str, str, str]:
+    """Tokens, epochs, first and last weight, first and last validation perplexity of a domain."""
     perplexity = run.perplexity[:, k] if len(run.perplexity) else np.array([np.nan])
     return (
         f"{run.tokens[k]:,.0f}" if np.isfinite(run.tokens[k]) else "–",
+        number(run.epochs[-1, k]),
         percent(run.weights[0, k]),
         percent(run.weights[-1, k]),
         number(perplexity[0]),

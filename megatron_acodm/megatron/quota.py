@@ -1,0 +1,65 @@
+"""Resolves the granule and the minimum quota of a run from its config, sizes and policy."""
+
+from __future__ import annotations
+
+import logging
+
+from megatron_acodm.config import BlendingConfig
+from megatron_acodm.megatron.run import RunShape
+
+logger = logging.getLogger(__name__)
+
+
+def granule_size(config: BlendingConfig, run: RunShape, needs_alignment: bool) -> int:
+    """Consecutive samples that share a domain.
+
+    Raises:
+        ValueError: when the policy cannot tell the gradients of such granules apart.
+    """
+    if config.granule == "micro-batch":
+        return run.micro_batch_size
+    if needs_alignment and run.micro_batch_size > 1:
+        raise ValueError(
+            "blending.granule is 'sequence' and the policy compares gradients, which micro-batches "
+            f"of {run.micro_batch_size} sequences of several domains do not tell apart; use "
+            "'micro-batch', or a micro-batch size of 1"
+        )
+    return 1
+
+
+def minimum_quota(
+    config: BlendingConfig, num_domains: int, num_granules: int, needs_alignment: bool
+) -> int:
+    """Least granules of every domain in a full-size step.
+
+    Args:
+        config: what the user asked for.
+        num_domains: K.
+        num_granules: of a full-size step.
+        needs_alignment: whether the policy compares gradients, which a step shows only of the
+            domains that it draws.
+
+    Raises:
+        ValueError: when what was asked for does not fit into a step.
+    """
+    asked = config.minimum_quota
+    if asked is not None:
+        if asked * num_domains > num_granules:
+            raise ValueError(
+                f"blending.minimum_quota {asked} for {num_domains} domains needs "
+                f"{asked * num_domains} granules, a step has {num_granules}; lower it, raise the "
+                "global batch size, or lower the micro-batch size"
+            )
+        return asked
+    if not needs_alignment:
+        return 0
+    if 2 * num_domains > num_granules:
+        logger.warning(
+            "a step of %d granules cannot give one to each of %d domains and keep half of them "
+            "for the policy to choose: no minimum quota, domains without a granule in a step are "
+            "not measured in it (set blending.minimum_quota to decide otherwise)",
+            num_granules,
+            num_domains,
+        )
+        return 0
+    return 1
