@@ -110,7 +110,10 @@ class MixingConfig:
     """The mixture before the policy has seen anything: ``natural`` (by size) or ``uniform``."""
 
     min_weight: float | None = None
-    """Lowest share an online policy may give to a domain; None: a tenth of the uniform share."""
+    """Lowest share an online policy may give to a domain.
+
+    None: a tenth of the uniform share, or what blending.minimum_quota amounts to, if that is more.
+    """
 
     max_weight: float = 1.0
     """Highest share an online policy may give to a domain."""

@@ -70,7 +70,9 @@ def batches_of(data_rank: int, data_size: int, first: int = 0) -> Iterator[list[
         yield list(range(begin, begin + MICRO_BATCH_SIZE))
 
 
-def train(num_workers: int, context: str | None, lag: int) -> list[list[int]]:
+def train(
+    num_workers: int, context: str | None, lag: int, prefetch_factor: int | None = None
+) -> list[list[int]]:
     """Draw a run's samples as training does: the stage of step t + 1 + lag follows step t."""
     ledger = ledger_of(1 + lag)
     loader = DataLoader(
@@ -79,6 +81,7 @@ def train(num_workers: int, context: str | None, lag: int) -> list[list[int]]:
         num_workers=num_workers,
         multiprocessing_context=context,
         persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch_factor,
     )
     samples, iterator = [], iter(loader)
     for step in range(STEPS):
@@ -100,9 +103,12 @@ def expected_samples() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize(("num_workers", "context"), [(0, None), (1, "fork"), (2, "fork")])
-def test_all_loaders_draw_the_ledgers_samples(num_workers, context, lag):
-    assert train(num_workers, context, lag) == expected_samples()
+@pytest.mark.parametrize(
+    ("num_workers", "context", "prefetch_factor"),
+    [(0, None, None), (1, "fork", 1), (2, "fork", 2), (3, "fork", 9)],
+)
+def test_all_loaders_draw_the_ledgers_samples(num_workers, context, prefetch_factor, lag):
+    assert train(num_workers, context, lag, prefetch_factor) == expected_samples()
 
 
 def test_spawned_workers_draw_the_same_and_leave_nothing_behind():

@@ -72,7 +72,10 @@ def fit_units(units: Int64Array, num_granules: int, minimum: int, limits: Int64A
     Returns:
         Weights [K], summing to ONE: ``units`` itself where nothing binds.
     """
-    low = np.where((units > 0) & (limits > 0), minimum * ONE // num_granules, 0)
+    least_units = minimum * ONE // num_granules
+    if int(limits.min()) >= num_granules and ((units >= least_units) | (units == 0)).all():
+        return units  # by far the most stages
+    low = np.where((units > 0) & (limits > 0), least_units, 0)
     high = np.array([min(n, num_granules) * ONE // num_granules for n in limits.tolist()])
     low = np.minimum(low, high)
     if (units >= low).all() and (units <= high).all():

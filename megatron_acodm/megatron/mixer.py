@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import time
@@ -140,19 +139,14 @@ class Mixer:
         )
 
     def _build_policy(self, weights: Sequence[float] | None) -> Policy:
-        mixing = self.config.mixing
-        if mixing.min_weight is None and self._minimum > 0:
-            # What the ledger would raise weights to anyway; the policy should know.
-            granules = self.run.global_batch_size // self._granule_size
-            floor = max(0.1 / len(self.domains), self._minimum / granules)
-            mixing = dataclasses.replace(mixing, min_weight=min(floor, mixing.max_weight))
         return build_policy(
-            mixing,
+            self.config.mixing,
             self.domains,
             np.asarray(self.sizes if weights is None else weights, dtype=np.float64),
             self.config.alignment.num_probes,
             self.run.train_iters,
             self.run.seed,
+            lowest_share=self._minimum * self._granule_size / self.run.global_batch_size,
         )
 
     def attach(self, model_chunks: Sequence[torch.nn.Module]) -> None:

@@ -144,7 +144,9 @@ def _bounds_and_prior(config: MixingConfig, setting: Setting) -> tuple[Bounds, n
             f"policy 'acodm' has {count} domain with data; it mixes at least 2. "
             "Add domains, or use policy 'static'"
         )
-    min_weight = 0.1 / count if config.min_weight is None else config.min_weight
+    min_weight = config.min_weight
+    if min_weight is None:  # to act below the lowest share would change nothing
+        min_weight = max(0.1 / count, setting.lowest_share)
     bounds = Bounds.build(active, min_weight, config.max_weight)
     above_floor = np.where(active, bounds.floor + (1.0 / count - bounds.floor) / 40.0, 0.0)
     natural = config.initial_weights == "natural"

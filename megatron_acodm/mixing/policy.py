@@ -32,6 +32,9 @@ class Setting:
     seed: int
     """Seed of every random choice of the policy."""
 
+    lowest_share: float = 0.0
+    """Share of a batch that every domain with a weight gets, however small that is."""
+
     def __post_init__(self) -> None:
         count = len(self.domains)
         repeated = sorted({name for name in self.domains if self.domains.count(name) > 1})

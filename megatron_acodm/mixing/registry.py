@@ -23,6 +23,7 @@ def build_policy(
     num_probes: int,
     train_iters: int,
     seed: int,
+    lowest_share: float = 0.0,
 ) -> Policy:
     """Build the configured policy.
 
@@ -33,9 +34,10 @@ def build_policy(
         num_probes: D, the number of probed layers in an observation.
         train_iters: length of the run in optimizer steps.
         seed: seed of every random choice of the policy.
+        lowest_share: share of a batch that every domain with a weight gets, however small that is.
 
     Raises:
         ValueError: if the config does not fit the domains.
     """
-    setting = Setting(list(domains), np.asarray(sizes), num_probes, train_iters, seed)
+    setting = Setting(list(domains), np.asarray(sizes), num_probes, train_iters, seed, lowest_share)
     return POLICIES[config.policy](config, setting)
