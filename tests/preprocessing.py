@@ -17,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.preprocess.pipeline import PreprocessOptions, preprocess
+from megatron_acodm.preprocess.workspace import FOLDER_NAME
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "preprocess_pile.py"
 BYTES = "ByteLevelTokenizer"
@@ -75,7 +76,7 @@ def write(path: Path, lines: list[Any]) -> str:
 def run(inputs: str | list[str], output: Path, **options: Any) -> Manifest:
     names = [inputs] if isinstance(inputs, str) else inputs
     options.setdefault("tokenizer_type", BYTES)
-    return preprocess(PreprocessOptions(names, output, **options))
+    return preprocess(PreprocessOptions(names, output, **options)).manifest
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -86,6 +87,12 @@ def documents(prefix: Path) -> list[list[int]]:
         [int(token) for sequence in range(first, last) for token in data[sequence]]
         for first, last in itertools.pairwise(bounds.tolist())
     ]
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    """What ``contents`` finds under final names."""
+    found = contents(folder)
+    return {name: data for name, data in found.items() if not name.startswith(FOLDER_NAME)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

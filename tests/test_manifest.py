@@ -19,7 +19,7 @@ from preprocessing import (
 )
 from tiny_tokenizer import train_sentencepiece
 
-from megatron_acodm.preprocess import pipeline
+from megatron_acodm.preprocess import shard
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.preprocess.names import file_names
 
@@ -73,7 +73,7 @@ def test_file_names_are_safe_distinct_and_independent_of_the_order(names: list[s
 def test_a_document_name_in_place_of_the_domain_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "MAX_DOMAINS", 5)
+    monkeypatch.setattr(shard, "MAX_DOMAINS", 5)
     source = write(tmp_path / "a.jsonl", [record("a", str(number)) for number in range(6)])
     with pytest.raises(ValueError, match="more than 5 domains, '5' among them"):
         run(source, tmp_path / "out")
@@ -100,7 +100,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     r"is not a manifest that": lambda c: c.update(format="other"),
-    r"has version 2, this package reads version 1": lambda c: c.update(version=2),
+    r"has version 1, this package reads version 2": lambda c: c.update(version=1),
     r"is damaged: it lacks 'domains'": lambda c: c.pop("domains"),
     r"is damaged: it lacks 'tokens'": lambda c: c["domains"][0].pop("tokens"),
     r"is damaged: -1 is not a valid int": lambda c: c["domains"][0].update(tokens=-1),

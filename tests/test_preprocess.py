@@ -35,9 +35,10 @@ from preprocessing import (
 from tiny_tokenizer import train_sentencepiece
 
 from megatron_acodm.megatron.tokenizer import build_tokenizer
-from megatron_acodm.preprocess import encoder, pipeline, pool, progress, reader
+from megatron_acodm.preprocess import encoder, pipeline, pool, progress, reader, shard
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.preprocess.pool import WorkerDied, WorkerPool
+from megatron_acodm.preprocess.workspace import FOLDER_NAME
 
 main = load_main()
 
@@ -168,14 +169,17 @@ def test_the_manifest_tells_what_is_there_and_what_it_came_from(
     for domain in loaded.domains:
         assert domain.documents == len(texts[domain.name])
         assert domain.bytes == sum(len(text.encode()) for text in texts[domain.name])
+        sums = [hashlib.sha256(data).hexdigest() for data in dataset_files(domain.prefix)]
+        assert [domain.bin_sha256, domain.idx_sha256] == sums
         stored = documents(domain.prefix)
         assert domain.tokens == sum(map(len, stored))
         assert domain.empty_documents == stored.count([])
     assert loaded.empty_domains == {"Nothing": 1}
     for given_name, info in zip(sources, loaded.inputs, strict=True):
         data = Path(given_name).read_bytes()
-        expected = (given_name, len(data), hashlib.sha256(data).hexdigest())
-        assert (info.name, info.size, info.sha256) == expected
+        modified = Path(given_name).stat().st_mtime_ns
+        expected = (given_name, len(data), modified, hashlib.sha256(data).hexdigest())
+        assert (info.name, info.size, info.modified, info.sha256) == expected
     tokenizer = loaded.build_tokenizer()
     assert tokenizer.eod == loaded.tokenizer.eod == 2
     assert tokenizer.vocab_size == loaded.tokenizer.vocab_size == 400
@@ -232,7 +236,7 @@ def test_a_malformed_line_stops_with_its_file_number_and_reason(
     bad = write(tmp_path / "bad.jsonl.gz", [record(), b"", line, record()])
     with pytest.raises(ValueError, match=re.escape(f"bad.jsonl.gz, line 3: {BAD_LINES[line]}")):
         run([good, bad], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {FOLDER_NAME}
 
 
 @pytest.mark.usefixtures("_small_chunks")
@@ -254,7 +258,7 @@ def test_skipped_lines_are_counted_and_listed_and_the_others_kept(tmp_path: Path
 def test_the_list_of_skipped_lines_is_bounded_and_their_count_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (encoder, pipeline):
+    for module in (encoder, pipeline, shard):
         monkeypatch.setattr(module, "MAX_LISTED_LINES", 7)
     monkeypatch.setattr(reader, "CHUNK_BYTES", 10)
     source = write(tmp_path / "a.jsonl", [record(), *[b"bad"] * 50])
@@ -307,7 +311,7 @@ def test_the_tool_prints_a_table_and_the_skipped_lines(
             ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "lost.model"],
             r"error: the tokenizer file lost\.model does not exist",
         ),
-        (["--output-dir", "{file}/out"], "error: .*/out.*: Not a directory; nothing was written"),
+        (["--output-dir", "{file}/out"], "error: .*/out.*: Not a directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_non_zero_status(
@@ -380,6 +384,21 @@ def test_results_come_in_order_and_tasks_are_taken_only_as_needed() -> None:
     assert not multiprocessing.active_children()
 
 
+def test_results_come_as_soon_as_they_are_there_when_their_order_does_not_matter() -> None:
+    with WorkerPool(2, lambda: lambda seconds: time.sleep(seconds)) as workers:
+        numbers = [number for number, _ in workers.as_completed([0.5, 0.0, 0.0, 0.0])]
+    assert numbers == [1, 2, 3, 0]
+
+
+def test_a_full_disk_in_a_worker_is_the_callers_error() -> None:
+    with (
+        WorkerPool(1, lambda: lambda path: path.write_bytes(b"")) as workers,
+        pytest.raises(FileNotFoundError, match="lost") as raised,
+    ):
+        list(workers.map([Path("/lost/file")]))
+    assert raised.value.filename == "/lost/file"
+
+
 def test_a_worker_that_fails_shows_why(capfd: pytest.CaptureFixture[str]) -> None:
     with WorkerPool(1, lambda: lambda task: 1 // task) as workers:
         results = workers.map([1, 0])
@@ -392,7 +411,7 @@ def test_a_worker_that_fails_shows_why(capfd: pytest.CaptureFixture[str]) -> Non
 def test_without_a_terminal_progress_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = progress.Progress(1000)
+    shown = progress.Progress("the input", 1000)
     shown.update(250, 10, 5000)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(progress, "_INTERVAL_S", 0.0)

@@ -20,15 +20,17 @@ from preprocessing import (
     documents,
     load_main,
     make_texts,
+    published,
     record,
     records,
     run,
     write,
 )
 
-from megatron_acodm.preprocess import encoder, pipeline, reader
+from megatron_acodm.preprocess import build, encoder, reader
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.preprocess.pool import WorkerDied
+from megatron_acodm.preprocess.workspace import FOLDER_NAME
 
 main = load_main()
 
@@ -95,7 +97,7 @@ def test_inputs_without_any_text_are_refused(tmp_path: Path) -> None:
         source = write(tmp_path / "a.jsonl", lines)
         with pytest.raises(ValueError, match="hold no document with any text"):
             run(source, tmp_path / "out", skip_bad_lines=True)
-        assert not (tmp_path / "out").exists()
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {FOLDER_NAME}
 
 
 def test_an_endless_line_is_refused_rather_than_kept_in_memory(
@@ -114,11 +116,12 @@ def test_an_existing_corpus_is_kept_unless_it_is_to_be_overwritten(tmp_path: Pat
     out = tmp_path / "out"
     run(first, out)
     before = contents(out)
-    with pytest.raises(ValueError, match=r"already holds manifest\.json; pass --overwrite"):
+    with pytest.raises(ValueError, match=r"already holds a corpus of other inputs; pass --over"):
         run(second, out)
+    assert contents(out) == before
     with pytest.raises(ValueError, match="hold no document"):
         run(write(tmp_path / "c.jsonl", []), out, overwrite=True)
-    assert contents(out) == before
+    assert published(out) == before
     run(second, out, overwrite=True)
     assert set(contents(out)) == {"A_text_document.bin", "A_text_document.idx", "manifest.json"}
     assert documents(Manifest.load(out).domains[0].prefix) == [[ord("c"), 256]]
@@ -143,7 +146,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFi
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(r"error: \S+\.bin: File too large; nothing was written\n", error)
+    assert re.fullmatch(r"error: \S+\.bin: File too large\n", error)
     assert not (tmp_path / "out").exists()
 
 
@@ -161,7 +164,7 @@ class KilledEncoder(encoder.ChunkEncoder):
 def test_a_killed_worker_ends_the_run_with_an_error(
     texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "ChunkEncoder", KilledEncoder)
+    monkeypatch.setattr(build, "ChunkEncoder", KilledEncoder)
     source = write(tmp_path / "a.jsonl", records(texts))
     with pytest.raises(WorkerDied, match="was killed by SIGKILL; .* lower --workers"):
         run(source, tmp_path / "out", workers=2)
@@ -176,7 +179,7 @@ def start(arguments: list[str], output: Path) -> Any:
     )
     process.start()
     deadline = time.monotonic() + 60
-    while not (output / ".preprocess_pile" / "00000.bin").exists():
+    while not list((output / FOLDER_NAME).glob("shards/*/00000.bin")):
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.002)

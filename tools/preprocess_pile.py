@@ -24,7 +24,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input",
         nargs="+",
-        required=True,
         metavar="FILE",
         help='.jsonl, .jsonl.gz or .jsonl.zst files of {"text": ..., "meta": {"pile_set_name": '
         "...}} lines",
@@ -42,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tokenizing processes (default: one a core, %(default)s); the output does not "
         "depend on it",
     )
-    parser.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
     parser.add_argument(
         "--tokenizer-model",
         metavar="FILE",
@@ -59,42 +58,125 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace the corpus in --output-dir, once the new one is complete",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: encode each --input as a task of --workers CPUs on the Ray cluster that "
+        "RAY_ADDRESS names, whose nodes all see the files (default: %(default)s)",
+    )
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument(
+        "--shard",
+        type=_part,
+        metavar="I/N",
+        help="only encode the I-th of N parts of --input, I from 0 to N - 1, while other "
+        "processes encode the rest",
+    )
+    steps.add_argument(
+        "--merge", action="store_true", help="only merge what --shard made, when all of it is there"
+    )
+    steps.add_argument(
+        "--verify",
+        action="store_true",
+        help="only read the corpus in --output-dir again and tell what is not as it was made",
+    )
     return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0/8")
+    return int(part), int(parts)
+
+
+def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    options["inputs"] = options.pop("input")
+    needed = {"--input": options["inputs"], "--tokenizer-type": options["tokenizer_type"]}
+    if options["verify"] and any(needed.values()):
+        parser.error("--verify takes what it needs from the manifest: leave --input and so on out")
+    if not options["verify"] and (missing := [flag for flag, value in needed.items() if not value]):
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if options["engine"] == "ray" and (options["shard"] or options["merge"]):
+        parser.error("--engine ray spreads the inputs itself: leave --shard and --merge out")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status."""
-    options = vars(_parser().parse_args(arguments))
-    options["inputs"] = options.pop("input")
+    options = _parse(arguments)
     # Megatron warns on import about packages that only a GPU run uses.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
     # The batch system's way to stop a job: clean up as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        _run(options)
+        return _verify(options) if options["verify"] else _run(options)
     except (ValueError, WorkerDied) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         place = error.filename or options["output_dir"]
-        print(f"error: {place}: {error.strerror}; nothing was written", file=sys.stderr)
+        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _run(options: dict[str, Any]) -> int:
+    # Late, because Megatron takes seconds, which --help and a typing mistake need not wait for.
+    from megatron_acodm.preprocess.pipeline import (
+        PreprocessOptions,
+        build_part,
+        merge_parts,
+        preprocess,
+    )
+
+    start = time.monotonic()
+    shard, merge, _ = (options.pop(step) for step in ("shard", "merge", "verify"))
+    parsed = PreprocessOptions(**options)
+    if shard:
+        count = build_part(parsed, *shard)
+        done = "the corpus is complete already"
+        if count is not None:
+            done = f"{count} inputs are done; run --merge when all parts are"
+        print(f"--shard {shard[0]}/{shard[1]}: {done}")
+        return 0
+    outcome = merge_parts(parsed) if merge else preprocess(parsed)
+    manifest_file = parsed.output_dir / MANIFEST_NAME
+    _print_summary(outcome.manifest)
+    if outcome.is_new:
+        print(f"wrote {manifest_file} and its datasets in {time.monotonic() - start:.1f} s")
+    else:
+        print(f"{manifest_file} and its datasets were complete already; nothing was done")
     return 0
 
 
-def _run(options: dict[str, Any]) -> None:
-    # Late, because Megatron takes seconds, which --help and a typing mistake need not wait for.
-    from megatron_acodm.preprocess.pipeline import PreprocessOptions, preprocess
+def _verify(options: dict[str, Any]) -> int:
+    from megatron_acodm.preprocess.verify import verify
 
     start = time.monotonic()
-    manifest = preprocess(PreprocessOptions(**options))
-    _print_summary(manifest, options["output_dir"], time.monotonic() - start)
+    found = verify(options["output_dir"], options["workers"])
+    for name in found.unread_inputs:
+        print(f"not compared: {name} is no longer there")
+    for difference in found.differences:
+        print(f"differs: {difference}")
+    if found.differences:
+        print(f"error: {len(found.differences)} differences from the manifest", file=sys.stderr)
+        return 1
+    domains = found.manifest.domains
+    print(
+        f"{sum(d.tokens for d in domains):,} tokens of {sum(d.documents for d in domains):,} "
+        f"documents in {len(domains)} domains are as they were made "
+        f"({time.monotonic() - start:.1f} s)"
+    )
+    return 0
 
 
-def _print_summary(manifest: Manifest, output_dir: Path, elapsed: float) -> None:
+def _print_summary(manifest: Manifest) -> None:
     width = max(len("domain"), *(len(domain.name) for domain in manifest.domains))
     print(f"{'domain':{width}} {'documents':>12} {'tokens':>16} {'MB of text':>12}")
     for domain in manifest.domains:
@@ -114,10 +196,6 @@ def _print_summary(manifest: Manifest, output_dir: Path, elapsed: float) -> None
             print(f"  {bad.input}, line {bad.line}: {bad.reason}")
         if manifest.skipped_count > _PRINTED_LINES:
             print("  ...")
-    print(
-        f"wrote {output_dir / MANIFEST_NAME} and its datasets in {elapsed:.1f} s: "
-        f"{documents / elapsed:,.0f} documents/s, {size / elapsed:,.1f} MB/s"
-    )
 
 
 if __name__ == "__main__":

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from megatron_acodm.preprocess.records import check_value, read_record
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text import MegatronTokenizerText
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "megatron-acodm corpus"
-VERSION = 1
+VERSION = 2
 ABOUT = (
     "A Megatron indexed dataset (.bin, .idx) a domain. Paths are relative to this file. documents "
     "include empty_documents, which have no tokens; tokens include one end-of-document id for each "
-    "other document; bytes are those of the text in UTF-8, before tokenization."
+    "other document; bytes are those of the text in UTF-8, before tokenization; modified is an "
+    "input's time of last modification in nanoseconds since 1970. Checked by "
+    "tools/preprocess_pile.py --verify."
 )
 
 
@@ -54,6 +57,10 @@ class ManifestDomain:
     """Ids stored, one EOD for each document that is not empty included."""
     bytes: int
     """Bytes of text in UTF-8, before tokenization."""
+    bin_sha256: str
+    """Of the ``.bin``."""
+    idx_sha256: str
+    """Of the ``.idx``."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class InputInfo:
     """The path, as it was given."""
     size: int
     """Bytes, as stored (compressed)."""
+    modified: int
+    """Time of its last modification when it was read, in nanoseconds since 1970."""
     sha256: str
     """Of those bytes."""
 
@@ -99,7 +108,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Read a manifest and check that the files it names are there, whole.
+        """Read a manifest and check that the files it names are there, with the right sizes.
 
         Args:
             path: The ``manifest.json``, or its folder.
@@ -108,8 +117,27 @@ class Manifest:
             The manifest, its paths absolute.
 
         Raises:
-            ValueError: when it is missing, damaged or of another version, or when a dataset or
-                the tokenizer is missing or has not the size that it should have.
+            ValueError: as ``read``, or when a file that it names is missing or of another size.
+        """
+        manifest = cls.read(path)
+        if problems := manifest.file_problems():
+            raise ValueError(
+                f"{path} names {problems[0]}; copy the corpus again, or run preprocessing again"
+            )
+        return manifest
+
+    @classmethod
+    def read(cls, path: str | Path) -> Manifest:
+        """Read a manifest alone.
+
+        Args:
+            path: The ``manifest.json``, or its folder.
+
+        Returns:
+            The manifest, its paths absolute.
+
+        Raises:
+            ValueError: when it is missing, damaged or of another version.
         """
         path = Path(path)
         if path.is_dir():
@@ -123,9 +151,7 @@ class Manifest:
             ) from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}; run preprocessing again") from error
-        manifest = _from_json(content, path)
-        manifest._check_files(path)
-        return manifest
+        return _from_json(content, path)
 
     def build_tokenizer(self, tokenizer_model: str | Path | None = None) -> MegatronTokenizerText:
         """Build the corpus's tokenizer.
@@ -162,14 +188,13 @@ class Manifest:
 
         return json.dumps(content, indent=2, default=relative) + "\n"
 
-    def _check_files(self, path: Path) -> None:
+    def file_problems(self) -> list[str]:
+        """Name the files that are missing or not of the size that they should have."""
         from megatron_acodm.megatron.indexed import dataset_file_sizes
 
+        problems = []
         if self.tokenizer.file is not None and not self.tokenizer.file.is_file():
-            raise ValueError(
-                f"{path} names the tokenizer {self.tokenizer.file}, which is missing; move the "
-                "corpus as a whole"
-            )
+            problems.append(f"the tokenizer {self.tokenizer.file}, which is missing")
         for domain in self.domains:
             sizes = dataset_file_sizes(
                 self.tokenizer.vocab_size, domain.documents, domain.empty_documents, domain.tokens
@@ -179,10 +204,8 @@ class Manifest:
                 found = file.stat().st_size if file.is_file() else None
                 if found != size:
                     state = "is missing" if found is None else f"has {found} bytes, not {size}"
-                    raise ValueError(
-                        f"{path} names the domain {domain.name!r}, whose file {file} {state}; "
-                        "copy it again, or run preprocessing again"
-                    )
+                    problems.append(f"the domain {domain.name!r}, whose file {file} {state}")
+        return problems
 
 
 def _from_json(content: Any, path: Path) -> Manifest:
@@ -196,12 +219,14 @@ def _from_json(content: Any, path: Path) -> Manifest:
     directory = path.absolute().parent
     try:
         manifest = Manifest(
-            domains=[_record(ManifestDomain, v, directory) for v in content["domains"]],
-            tokenizer=_record(TokenizerInfo, content["tokenizer"], directory),
-            inputs=[_record(InputInfo, v, directory) for v in content["inputs"]],
-            empty_domains={k: _check_value("int", v) for k, v in content["empty_domains"].items()},
-            skipped_count=_check_value("int", content["skipped_count"]),
-            skipped_lines=[_record(SkippedLine, v, directory) for v in content["skipped_lines"]],
+            domains=[read_record(ManifestDomain, v, directory) for v in content["domains"]],
+            tokenizer=read_record(TokenizerInfo, content["tokenizer"], directory),
+            inputs=[read_record(InputInfo, v, directory) for v in content["inputs"]],
+            empty_domains={k: check_value("int", v) for k, v in content["empty_domains"].items()},
+            skipped_count=check_value("int", content["skipped_count"]),
+            skipped_lines=[
+                read_record(SkippedLine, v, directory) for v in content["skipped_lines"]
+            ],
         )
         names = [domain.name for domain in manifest.domains]
         if not names or len(set(names)) < len(names):
@@ -210,33 +235,3 @@ def _from_json(content: Any, path: Path) -> Manifest:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is damaged: {reason}; run preprocessing again") from error
     return manifest
-
-
-_Record = TypeVar("_Record")
-
-
-def _record(cls: Callable[..., _Record], values: Any, directory: Path) -> _Record:
-    """Build one of the flat dataclasses above; its paths are relative to ``directory``."""
-    arguments = {}
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-        value = values[item.name]
-        kind, optional = str(item.type).removesuffix(" | None"), str(item.type).endswith("None")
-        if not (optional and value is None):
-            value = _check_value(kind, value)
-            value = directory / value if kind == "Path" else value
-        arguments[item.name] = value
-    return cls(**arguments)
-
-
-def _check_value(kind: str, value: Any) -> Any:
-    if kind == "int":
-        good = type(value) is int and value >= 0
-    elif kind == "str":
-        good = isinstance(value, str)
-    else:
-        assert kind == "Path"
-        good = isinstance(value, str) and bool(value)
-        good = good and not Path(value).is_absolute() and ".." not in Path(value).parts
-    if not good:
-        raise ValueError(f"{value!r} is not a valid {kind}")
-    return value

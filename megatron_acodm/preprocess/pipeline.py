@@ -1,33 +1,31 @@
-"""Runs preprocessing from end to end: one pass over the inputs, all domains at once."""
+"""Runs preprocessing from end to end: shards, one an input, then the merge and the publication."""
 
 from __future__ import annotations
 
-import functools
-import shutil
-from collections.abc import Iterable
-from contextlib import closing
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from megatron_acodm.megatron.indexed import IndexedDatasetWriter, token_dtype
-from megatron_acodm.megatron.tokenizer import build_tokenizer, tokenizer_files, tokenizer_sha256
-from megatron_acodm.preprocess.encoder import MAX_LISTED_LINES, ChunkEncoder, EncodedChunk
-from megatron_acodm.preprocess.manifest import (
-    Manifest,
-    ManifestDomain,
-    SkippedLine,
-    TokenizerInfo,
-)
-from megatron_acodm.preprocess.names import file_names
-from megatron_acodm.preprocess.pool import WorkerPool
+from megatron_acodm.megatron.tokenizer import build_tokenizer
+from megatron_acodm.preprocess.build import ShardBuilder
+from megatron_acodm.preprocess.disk import sync
+from megatron_acodm.preprocess.encoder import MAX_LISTED_LINES
+from megatron_acodm.preprocess.manifest import Manifest, ManifestDomain, TokenizerInfo
+from megatron_acodm.preprocess.merge import domain_totals, merge_shards
 from megatron_acodm.preprocess.progress import Progress
-from megatron_acodm.preprocess.reader import InputFile, open_inputs, read_chunks
-from megatron_acodm.preprocess.workspace import TOKENIZER_FOLDER, Workspace
+from megatron_acodm.preprocess.publish import (
+    TOKENIZER_FOLDER,
+    finish_publication,
+    publish,
+    published_file,
+)
+from megatron_acodm.preprocess.reader import InputFile, open_inputs
+from megatron_acodm.preprocess.shard import Shard, has_its_files, read_shard, shard_folder
+from megatron_acodm.preprocess.workspace import Workspace, remove, say
 
-MAX_DOMAINS = 4096
-"""More are a mistake in the records, which would otherwise fill the disk with files."""
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -45,152 +43,326 @@ class PreprocessOptions:
     vocab_size: int | None = None
     """For NullTokenizer."""
     workers: int = 1
-    """Tokenizing processes. The output does not depend on it."""
+    """Tokenizing processes (of each input's task, with Ray). The output does not depend on it."""
     skip_bad_lines: bool = False
     """Count and list malformed lines instead of stopping at the first."""
     overwrite: bool = False
     """Replace the corpus that the output folder holds."""
+    engine: str = "local"
+    """Where ``preprocess`` encodes: one of ENGINES."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"--workers is {self.workers}; it must be at least 1")
+        if self.engine not in ENGINES:
+            raise ValueError(f"--engine is {self.engine!r}; the engines are {', '.join(ENGINES)}")
 
 
-def preprocess(options: PreprocessOptions) -> Manifest:
+@dataclass(frozen=True)
+class Outcome:
+    """The corpus that a call left behind."""
+
+    manifest: Manifest
+    is_new: bool
+    """Whether the call wrote it, rather than found it complete."""
+
+
+def preprocess(options: PreprocessOptions) -> Outcome:
     """Write one indexed dataset a domain, and the manifest.
 
     A dataset is, byte for byte, what Megatron-LM's ``tools/preprocess_data.py --append-eod``
     writes for a file with that domain's documents alone. Nothing appears under its final name
-    before everything is complete.
+    before everything is complete. Inputs that an earlier call with the same options finished are
+    not encoded again; a corpus that is complete and unchanged is left as it is.
 
     Raises:
         ValueError: for options, inputs or records that cannot be used.
         OSError: when reading or writing fails; the file's name is in it.
-        WorkerDied: when a tokenizing process is killed.
+        WorkerDied: when a process that encodes or merges is killed.
     """
+    with _started(options) as run:
+        if (complete := run.complete_corpus()) is not None:
+            return complete
+        run.check_merge()
+        run.build(run.all_inputs)
+        return run.merge()
+
+
+def build_part(options: PreprocessOptions, part: int, parts: int) -> int | None:
+    """Build the shards of one of several parts of the inputs, while others build the rest.
+
+    Args:
+        options: The same for all parts.
+        part: Number of this one, from 0.
+        parts: How many there are, as equal as can be.
+
+    Returns:
+        Inputs of this part, now finished; None when the corpus is complete already.
+
+    Raises:
+        ValueError, OSError, WorkerDied: as ``preprocess``.
+    """
+    if parts < 1:
+        raise ValueError(f"--shard is {part}/{parts}; there must be at least one part")
+    if not 0 <= part < parts:
+        raise ValueError(
+            f"--shard is {part}/{parts}; it counts from 0/{parts} to {parts - 1}/{parts}"
+        )
+    with _started(options, shared=True) as run:
+        run.refuse_merge()
+        if run.complete_corpus() is not None:
+            return None
+        count = len(run.all_inputs)
+        indices = run.all_inputs[part * count // parts : (part + 1) * count // parts]
+        run.lock(indices)
+        run.build(indices)
+        return len(indices)
+
+
+def merge_parts(options: PreprocessOptions) -> Outcome:
+    """Merge and publish what ``build_part`` built.
+
+    Raises:
+        ValueError, OSError, WorkerDied: as ``preprocess``; ValueError also for missing shards.
+    """
+    with _started(options) as run:
+        if (complete := run.complete_corpus()) is not None:
+            return complete
+        run.check_merge()
+        run.check_nothing_is_missing()
+        return run.merge()
+
+
+@contextmanager
+def _started(options: PreprocessOptions, shared: bool = False) -> Iterator[_Run]:
+    """Check the options, and lock the output folder."""
     inputs = open_inputs(options.inputs)
-    model = options.tokenizer_model
-    tokenizer = build_tokenizer(options.tokenizer_type, model, options.vocab_size)
-    with Workspace(options.output_dir, options.overwrite) as workspace:
+    tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, options.vocab_size)
+    with Workspace(options.output_dir, shared) as workspace:
         # The corpus keeps the tokenizer that made it; using the copy makes sure of that.
-        copies = _copy_files(tokenizer_files(options.tokenizer_type, model), workspace.path)
-        model = str(copies[0]) if copies else None
+        copies, sha256 = workspace.copy_tokenizer(options.tokenizer_type, options.tokenizer_model)
         info = TokenizerInfo(
             type=options.tokenizer_type,
-            file=workspace.output_dir / TOKENIZER_FOLDER / copies[0].name if copies else None,
-            sha256=tokenizer_sha256(options.tokenizer_type, model),
+            file=copies[0] if copies else None,
+            sha256=sha256,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,
         )
-        corpus = _Corpus(workspace.path, token_dtype(info.vocab_size), options.skip_bad_lines)
-        make_encoder = functools.partial(
-            ChunkEncoder, options.tokenizer_type, model, options.vocab_size
-        )
-        with WorkerPool(options.workers, make_encoder) as pool:
-            _fill(corpus, pool, inputs)
-        files, domains = corpus.finalize(workspace.output_dir)
-        files |= {copy: f"{TOKENIZER_FOLDER}/{copy.name}" for copy in copies}
-        manifest = Manifest(
-            domains=domains,
-            tokenizer=info,
-            inputs=[item.info for item in inputs],
-            empty_domains=corpus.empty_domains(),
-            skipped_count=corpus.skipped_count,
-            skipped_lines=corpus.skipped_lines,
-        )
-        workspace.publish(files, manifest)
-    return manifest
+        yield _Run(options, inputs, info, workspace)
 
 
-def _copy_files(files: Iterable[Path], workspace: Path) -> list[Path]:
-    folder = workspace / TOKENIZER_FOLDER
-    folder.mkdir()
-    return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+class _Run:
+    """The steps that the calls above are made of.
 
+    Args:
+        options: As they were given.
+        inputs: All of them.
+        tokenizer: Its ``file`` is a copy in the workspace.
+        workspace: Locked.
+    """
 
-def _fill(corpus: _Corpus, pool: WorkerPool, inputs: list[InputFile]) -> None:
-    progress = Progress(sum(item.size for item in inputs))
-    with closing(progress):
-        for chunk in pool.map(read_chunks(inputs)):
-            corpus.add(chunk)
-            parts = chunk.domains.values()
-            progress.update(
-                chunk.input_bytes,
-                sum(len(part.lengths) for part in parts),
-                sum(part.bytes for part in parts),
-            )
-
-
-class _Corpus:
-    """The datasets that grow in the workspace, and the lines that were left out."""
-
-    def __init__(self, workspace: Path, dtype: np.dtype, skip_bad_lines: bool) -> None:
+    def __init__(
+        self,
+        options: PreprocessOptions,
+        inputs: Sequence[InputFile],
+        tokenizer: TokenizerInfo,
+        workspace: Workspace,
+    ) -> None:
+        self._options = options
+        self._inputs = inputs
+        self._tokenizer = tokenizer
         self._workspace = workspace
-        self._dtype = dtype
-        self._skip_bad_lines = skip_bad_lines
-        self._writers: dict[str, IndexedDatasetWriter] = {}
-        self._bytes: dict[str, int] = {}
-        self.skipped_count = 0
-        self.skipped_lines: list[SkippedLine] = []
+        self.all_inputs = range(len(inputs))
 
-    def add(self, chunk: EncodedChunk) -> None:
-        """Append a chunk's documents.
+    def complete_corpus(self) -> Outcome | None:
+        """Return the corpus that the output folder holds, when it is the one that is asked for.
+
+        A publication that was cut short is completed first. With ``overwrite``, only the corpus
+        of such a publication is not made again.
 
         Raises:
-            ValueError: for a malformed line that must not be skipped, or too many domains.
+            ValueError: when it is another one, and is not to be replaced.
         """
-        if chunk.bad_count and not self._skip_bad_lines:
-            bad = chunk.bad_lines[0]
+        folder, is_new = self._workspace.output_dir, finish_publication(self._workspace)
+        file = published_file(folder)
+        if file is None or (self._options.overwrite and not is_new):
+            return None
+        try:
+            manifest = Manifest.load(folder)
+            difference = self._difference(manifest)
+        except ValueError as error:
+            difference = f"{file.name}, but no complete corpus ({error})"
+        if difference is None:
+            return Outcome(manifest, is_new)
+        if self._options.overwrite:
+            return None
+        raise ValueError(
+            f"{folder} already holds {difference}; pass --overwrite to replace what is there, or "
+            "choose another --output-dir"
+        )
+
+    def _difference(self, manifest: Manifest) -> str | None:
+        """Say how a corpus is another than the one that is asked for; None if it is that."""
+        if [item.name for item in manifest.inputs] != self._options.inputs:
+            return "a corpus of other inputs"
+        if replace(manifest.tokenizer, file=None) != replace(self._tokenizer, file=None):
+            return "a corpus of another tokenizer"
+        if manifest.skipped_count and not self._options.skip_bad_lines:
+            return "a corpus that was made with --skip-bad-lines and has lines left out"
+        for item, info in zip(self._inputs, manifest.inputs, strict=True):
+            if not item.is_unchanged(info):
+                return f"a corpus that was made before {item.name} was changed"
+        return None
+
+    def refuse_merge(self) -> None:
+        """Raise a ValueError when a merge has begun and not ended."""
+        if self._workspace.is_merging:
             raise ValueError(
-                f"{bad.input}, line {bad.line}: {bad.reason}; repair it, or leave such lines out "
-                "with --skip-bad-lines"
+                f"a merge in {self._workspace.output_dir} was cut short; run it again, or remove "
+                f"{self._workspace.path} to begin anew"
             )
-        self.skipped_count += chunk.bad_count
-        self.skipped_lines += chunk.bad_lines[: MAX_LISTED_LINES - len(self.skipped_lines)]
-        for name, part in chunk.domains.items():
-            if name not in self._writers:
-                if len(self._writers) == MAX_DOMAINS:
-                    raise ValueError(
-                        f"there are more than {MAX_DOMAINS} domains, {name!r} among them; "
-                        "'meta.pile_set_name' must name a kind of text, not a document"
-                    )
-                prefix = self._workspace / f"{len(self._writers):05d}"
-                self._writers[name] = IndexedDatasetWriter(prefix, self._dtype)
-                self._bytes[name] = 0
-            self._writers[name].append(part.tokens, part.lengths)
-            self._bytes[name] += part.bytes
 
-    def empty_domains(self) -> dict[str, int]:
-        """Documents of each domain that has no tokens; Megatron cannot open an empty dataset."""
-        return {n: w.documents for n, w in sorted(self._writers.items()) if not w.tokens}
+    def check_merge(self) -> None:
+        """Raise a ValueError when a merge was cut short that this command cannot go on with."""
+        shards = self._workspace.finished_shards()
+        if self._workspace.is_merging and (
+            shards != list(self.all_inputs) or self._missing(self.all_inputs)
+        ):
+            raise ValueError(
+                f"a merge of other inputs, or with other options, was cut short in "
+                f"{self._workspace.output_dir}; run its command again, or remove "
+                f"{self._workspace.path} to begin anew"
+            )
 
-    def finalize(self, output_dir: Path) -> tuple[dict[Path, str], list[ManifestDomain]]:
-        """Complete the datasets.
+    def check_nothing_is_missing(self) -> None:
+        """Raise a ValueError that names the inputs without a finished shard."""
+        if missing := self._missing(self.all_inputs):
+            names = ", ".join(item.name for item in missing.values())
+            raise ValueError(
+                f"{len(missing)} of {len(self._inputs)} inputs have no finished shard: {names}; "
+                "build them with --shard, or leave --merge out to build and merge"
+            )
 
-        Returns:
-            Final file name by path, and the domains, sorted by name, as they will lie in
-            ``output_dir``.
+    def lock(self, indices: Sequence[int]) -> None:
+        """Keep others from building these inputs' shards.
 
         Raises:
-            ValueError: when there is no document with any text.
+            ValueError: when another run is at one of them.
         """
-        names = file_names(name for name, writer in self._writers.items() if writer.tokens)
-        if not names:
-            raise ValueError(
-                f"the inputs hold no document with any text ({self.skipped_count} malformed lines "
-                "were skipped); check --input"
-            )
-        files, domains = {}, []
-        for name, file_name in sorted(names.items()):
-            writer = self._writers[name]
-            writer.finalize()
-            prefix = f"{file_name}_text_document"
-            files[writer.bin_path] = prefix + ".bin"
-            files[writer.idx_path] = prefix + ".idx"
-            domains.append(
-                ManifestDomain(
-                    name=name,
-                    prefix=output_dir / prefix,
-                    documents=writer.documents,
-                    empty_documents=writer.empty_documents,
-                    tokens=writer.tokens,
-                    bytes=self._bytes[name],
+        for index in indices:
+            if not self._workspace.lock_shard(index):
+                raise ValueError(
+                    f"another run is at {self._inputs[index].name}; wait for it, or give each run "
+                    "a --shard of its own"
                 )
+
+    def build(self, indices: Sequence[int]) -> None:
+        """Build the shards of these inputs that are not finished."""
+        missing = self._missing(indices)
+        if reused := len(indices) - len(missing):
+            say(f"{reused} of {len(indices)} inputs are done already")
+        if not missing:
+            return
+        for index, item in missing.items():
+            if (folder := shard_folder(self._workspace.shards, index)).exists():
+                say(f"{item.name}: what was done is of another input, tokenizer or version")
+                remove(folder)
+        builder = ShardBuilder(
+            shards=self._workspace.shards,
+            tokenizer=self._tokenizer,
+            vocab_size=self._options.vocab_size,
+            workers=self._options.workers,
+            skip_bad_lines=self._options.skip_bad_lines,
+        )
+        total = sum(self._inputs[index].size for index in indices)
+        done = total - sum(item.size for item in missing.values())
+        with self._telling_what_stays(), closing(Progress("the input", total, done)) as progress:
+            if self._options.engine == "ray":
+                from megatron_acodm.preprocess.ray_engine import build_on_ray
+
+                build_on_ray(builder, missing, progress)
+            else:
+                builder.build(missing, progress.add_chunk)
+        say(f"encoded {len(missing)} inputs: {progress.summary()}")
+
+    def _missing(self, indices: Sequence[int]) -> dict[int, InputFile]:
+        """Return the inputs, by number, that have no finished shard of this run's options.
+
+        Raises:
+            ValueError: when a finished shard left lines out that must not be.
+        """
+        missing = {}
+        for index in indices:
+            item, folder = self._inputs[index], shard_folder(self._workspace.shards, index)
+            shard = read_shard(folder)
+            if (
+                shard is not None
+                and shard.is_of(item, self._tokenizer)
+                # A merge uses the files up, and knows itself what must be there.
+                and (self._workspace.is_merging or has_its_files(shard, folder))
+            ):
+                shard.check_skipped(self._options.skip_bad_lines)
+            else:
+                missing[index] = item
+        return missing
+
+    def merge(self) -> Outcome:
+        """Merge the shards, all of which are finished, and publish the corpus."""
+        workspace = self._workspace
+        for index in set(workspace.finished_shards()) - set(self.all_inputs):
+            remove(shard_folder(workspace.shards, index))
+        shards = [_read(shard_folder(workspace.shards, index)) for index in self.all_inputs]
+        totals = domain_totals(shards)
+        progress = Progress("the merge", sum(total.tokens for total in totals.values()))
+        with self._telling_what_stays(), closing(progress):
+            domains = merge_shards(
+                workspace,
+                shards,
+                self._options.workers,
+                lambda domain: progress.update(domain.tokens, domain.documents, domain.bytes),
             )
-        return files, domains
+            manifest = self._manifest(shards, domains)
+            publish(workspace, manifest)
+        return Outcome(manifest, is_new=True)
+
+    def _manifest(self, shards: list[Shard], domains: list[ManifestDomain]) -> Manifest:
+        empty = {n: t.documents for n, t in sorted(domain_totals(shards).items()) if not t.tokens}
+        skipped = [line for shard in shards for line in shard.skipped_lines]
+        return Manifest(
+            domains=domains,
+            tokenizer=replace(self._tokenizer, file=self._add_tokenizer()),
+            inputs=[shard.input for shard in shards],
+            empty_domains=empty,
+            skipped_count=sum(shard.skipped_count for shard in shards),
+            skipped_lines=skipped[:MAX_LISTED_LINES],
+        )
+
+    @contextmanager
+    def _telling_what_stays(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if done := len(self._workspace.finished_shards()):
+                say(
+                    f"kept: {done} of {len(self._inputs)} inputs are done; the same command goes "
+                    "on from there"
+                )
+            raise
+
+    def _add_tokenizer(self) -> Path | None:
+        """Let the copy of the tokenizer be published; return where it will lie."""
+        file = self._tokenizer.file
+        if file is None:
+            return None
+        folder = self._workspace.final / TOKENIZER_FOLDER
+        remove(folder)
+        os.rename(file.parent, folder)
+        for copy in folder.iterdir():
+            sync(copy)
+        return self._workspace.output_dir / TOKENIZER_FOLDER / file.name
+
+
+def _read(folder: Path) -> Shard:
+    shard = read_shard(folder)
+    assert shard is not None
+    return shard

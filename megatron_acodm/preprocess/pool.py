@@ -64,6 +64,7 @@ class WorkerPool:
         run at the same time.
 
         Raises:
+            OSError: that the function raised.
             WorkerDied: when a worker ends; what it printed is on standard error.
         """
         source = iter(tasks)
@@ -85,6 +86,25 @@ class WorkerPool:
                 done[busy.pop(connection)] = self._receive(connection)
                 idle.append(connection)
 
+    def as_completed(self, tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield the number of each task and the function's result, as soon as it is there.
+
+        Raises:
+            OSError, WorkerDied: as ``map``.
+        """
+        waiting = deque(enumerate(tasks))
+        idle, busy = deque(self._processes), dict[Connection, int]()
+        while waiting or busy:
+            while waiting and idle:
+                number, task = waiting.popleft()
+                self._send(idle[0], task)
+                busy[idle.popleft()] = number
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                result = self._receive(connection)
+                idle.append(connection)
+                yield busy.pop(connection), result
+
     def _send(self, worker: Connection, task: Any) -> None:
         try:
             worker.send(task)
@@ -93,9 +113,12 @@ class WorkerPool:
 
     def _receive(self, worker: Connection) -> Any:
         try:
-            return worker.recv()
+            result = worker.recv()
         except (EOFError, OSError) as error:
             raise self._death(worker) from error
+        if isinstance(result, OSError):
+            raise result
+        return result
 
     def _death(self, worker: Connection) -> WorkerDied:
         process = self._processes[worker]
@@ -125,6 +148,9 @@ def _serve(
             task = connection.recv()
         except EOFError:
             return
-        result = function(task)
+        try:
+            result = function(task)
+        except OSError as error:  # a full disk is no fault of the program
+            result = error
         with suppress(BrokenPipeError):
             connection.send(result)

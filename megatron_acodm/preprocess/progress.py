@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from megatron_acodm.preprocess.encoder import EncodedChunk
+
 _INTERVAL_S = 30.0
 
 
@@ -14,33 +16,45 @@ class Progress:
     """Counts documents and bytes, and shows them on standard error.
 
     Args:
-        total_input_bytes: Size of all inputs as they are stored.
+        what: What the bytes below are of: "the input", say.
+        total_bytes: How many there are.
+        done_bytes: How many of them were there before.
     """
 
-    def __init__(self, total_input_bytes: int) -> None:
+    def __init__(self, what: str, total_bytes: int, done_bytes: int = 0) -> None:
         self.documents = 0
         self.text_bytes = 0
-        self._input_bytes = 0
-        self._total = total_input_bytes
+        self._what = what
+        self._done = done_bytes
+        self._total = total_bytes
         self._start = self._shown = time.monotonic()
         self._bar = tqdm(
-            total=total_input_bytes,
+            total=total_bytes,
+            initial=done_bytes,
             disable=not sys.stderr.isatty(),
-            bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            bar_format="{percentage:3.0f}%"
+            + f" of {what}|"
+            + "{bar}| {elapsed}<{remaining}{postfix}",
         )
 
-    def update(self, input_bytes: int, documents: int, text_bytes: int) -> None:
+    def update(self, done_bytes: int, documents: int, text_bytes: int) -> None:
         """Add what has been done since the last call; ``text_bytes`` are those of the texts."""
-        self._input_bytes += input_bytes
+        self._done += done_bytes
         self.documents += documents
         self.text_bytes += text_bytes
         if not self._bar.disable:
             self._bar.set_postfix_str(self.summary(), refresh=False)
-            self._bar.update(input_bytes)
+            self._bar.update(done_bytes)
         elif time.monotonic() - self._shown >= _INTERVAL_S:
             self._shown = time.monotonic()
-            share = self._input_bytes / max(self._total, 1)
-            print(f"{share:4.0%} of the input: {self.summary()}", file=sys.stderr, flush=True)
+            share = self._done / max(self._total, 1)
+            print(f"{share:4.0%} of {self._what}: {self.summary()}", file=sys.stderr, flush=True)
+
+    def add_chunk(self, chunk: EncodedChunk) -> None:
+        """Add a chunk of an input."""
+        parts = chunk.domains.values()
+        documents = sum(len(part.lengths) for part in parts)
+        self.update(chunk.input_bytes, documents, sum(part.bytes for part in parts))
 
     def close(self) -> None:
         """Take the bar away."""

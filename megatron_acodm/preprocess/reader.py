@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import zstandard
 
+from megatron_acodm.preprocess.disk import sha256_of
 from megatron_acodm.preprocess.manifest import InputInfo
 
 CHUNK_BYTES = 1 << 20
@@ -45,30 +47,45 @@ class InputFile:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._sha256 = hashlib.sha256()
-        self._bytes_read = 0
         endings = [ending for ending in _ENDINGS if name.endswith(ending)]
         if not endings:
             raise ValueError(f"{name} is none of {', '.join(_ENDINGS)}; convert or rename it")
         self._new_decoder = _ENDINGS[endings[0]]
-        if Path(name).exists() and not Path(name).is_file():
+        self._path = Path(name).absolute()
+        if self._path.exists() and not self._path.is_file():
             raise ValueError(f"{name} is not a regular file; name the files themselves")
         try:
-            with open(name, "rb"):
-                self.size = Path(name).stat().st_size
+            with open(self._path, "rb") as file:
+                self.size, self.modified = _state(file.fileno())
         except OSError as error:
             raise ValueError(f"cannot read {name}: {error.strerror}; check --input") from error
+        self._bytes_read = 0
+        self._sha256 = ""
 
     @property
     def info(self) -> InputInfo:
         """What was read; call it when ``chunks`` is exhausted."""
-        return InputInfo(self.name, self._bytes_read, self._sha256.hexdigest())
+        assert self._sha256
+        return InputInfo(self.name, self.size, self.modified, self._sha256)
+
+    def is_unchanged(self, info: InputInfo) -> bool:
+        """Tell whether this is still the file of ``info``.
+
+        A file of the same size and time is; if only the time differs, its content decides.
+
+        Raises:
+            OSError: with the file's name, when reading fails.
+        """
+        if self.size != info.size:
+            return False
+        return self.modified == info.modified or sha256_of(self._path) == info.sha256
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the file's lines, about CHUNK_BYTES at a time.
 
         Raises:
-            ValueError: for an archive that is truncated or damaged, or an endless line.
+            ValueError: for an archive that is truncated or damaged, an endless line, or a file
+                that was changed since this object was made.
             OSError: with the file's name, when reading fails.
         """
         pieces: list[bytes] = []
@@ -113,14 +130,28 @@ class InputFile:
             raise ValueError(f"{self.name} is damaged: {error}; fetch it again") from error
 
     def _raw(self) -> Iterator[bytes]:
+        sha256 = hashlib.sha256()
+        self._bytes_read = 0
         try:
-            with open(self.name, "rb", buffering=0) as file:
+            with open(self._path, "rb", buffering=0) as file:
                 while block := file.read(_BLOCK_BYTES):
-                    self._sha256.update(block)
+                    sha256.update(block)
                     self._bytes_read += len(block)
                     yield block
+                state = _state(file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.name) from error
+        if state != (self.size, self.modified) or self._bytes_read != self.size:
+            raise ValueError(
+                f"{self.name} was changed while it was read; run again when it is complete"
+            )
+        self._sha256 = sha256.hexdigest()
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    """Return an open file's size and its time of last modification, in ns since 1970."""
+    status = os.fstat(descriptor)
+    return status.st_size, max(status.st_mtime_ns, 0)
 
 
 def open_inputs(names: Sequence[str]) -> list[InputFile]:

@@ -1,4 +1,4 @@
-"""Holds unfinished files in a hidden folder, and names them when all are complete."""
+"""Keeps an unfinished corpus in a hidden folder of its output folder, locked, until it is whole."""
 
 from __future__ import annotations
 
@@ -6,53 +6,64 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
-from megatron_acodm.preprocess.manifest import MANIFEST_NAME, Manifest
+from megatron_acodm.files import write_atomically
+from megatron_acodm.megatron.tokenizer import tokenizer_files, tokenizer_sha256
+from megatron_acodm.preprocess.shard import RECORD_NAME, shard_folder
 
 FOLDER_NAME = ".preprocess_pile"
-TOKENIZER_FOLDER = "tokenizer"
 
-_PUBLISHED = (MANIFEST_NAME, "*_text_document.bin", "*_text_document.idx")
+_LOCK = "lock"
+_KEPT = {_LOCK, "shards", "merged", "final", "merging", "manifest.json", "stale.json"}
 
 
 class Workspace:
-    """A folder inside the output folder, locked against other runs, removed at the end.
+    """A folder inside the output folder for everything that is not finished.
+
+    It holds ``shards/``, a folder for each finished input; during the merge also ``merging``, a
+    mark that the shards' files may have been used up, ``merged/``, the checksums of each finished
+    dataset, and ``final/``, all that gets a final name; during publication ``manifest.json``,
+    whose presence means that everything in ``final/`` is whole, and ``stale.json``, the files of
+    an earlier corpus. Everything else in it is a killed run's, and is removed.
+
+    A run has the folder to itself. With ``shared``, for runs that build shards and nothing else,
+    several may be in it at once, each with a lock on every shard that it builds. Use it in a
+    ``with`` statement; when that ends by an error, the finished shards stay.
 
     Args:
         output_dir: Where the finished files go; made if need be.
-        overwrite: Let ``publish`` replace an earlier corpus. Until then it stays as it is.
+        shared: Let others build shards at the same time.
 
     Raises:
-        ValueError: on entry, when the output folder holds a corpus and ``overwrite`` is not set,
-            or when another run is writing to it.
+        ValueError: on entry, when another run excludes this one.
         OSError: on entry, when the folder cannot be made or written.
     """
 
-    def __init__(self, output_dir: Path, overwrite: bool) -> None:
+    def __init__(self, output_dir: Path, shared: bool = False) -> None:
         self.output_dir = output_dir.absolute()
         self.path = self.output_dir / FOLDER_NAME
-        self._overwrite = overwrite
+        self.shards = self.path / "shards"
+        self.final = self.path / "final"
+        self.merged = self.path / "merged"
+        self._merge_mark = self.path / "merging"
+        self.is_shared = shared
         self._is_new = not output_dir.exists()
-        self._lock: TextIO | None = None
+        self._locks: list[int] = []
+        self._copies: list[Path] = []
 
     def __enter__(self) -> Workspace:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "w")
+        self._locks.append(self._lock_folder())
         try:
-            _lock(self._lock)
-        except ValueError:
-            self._lock.close()
-            raise
-        try:
-            self._check_unpublished()
-            self._remove_leftovers()
+            self.shards.mkdir(exist_ok=True)
+            if not self.is_shared:
+                self._remove_leftovers()
         except BaseException:
-            self._close(failed=True)
+            self._release()
             raise
         return self
 
@@ -62,99 +73,125 @@ class Workspace:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close(failed=kind is not None)
+        for copy in self._copies:
+            shutil.rmtree(copy, ignore_errors=True)
+        if not self.is_shared and not self.is_merging and not self.finished_shards():
+            self.clear()
+            shutil.rmtree(self.path, ignore_errors=True)
+            if kind is not None and self._is_new:
+                with suppress(OSError):  # someone else uses the folder by now
+                    self.output_dir.rmdir()
+        self._release()
 
-    def _close(self, failed: bool) -> None:
-        assert self._lock is not None
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
-        if failed and self._is_new:
-            with suppress(OSError):  # someone else uses the folder by now
-                self.output_dir.rmdir()
+    @property
+    def is_merging(self) -> bool:
+        """Whether shards' files may have been used up by a merge."""
+        return self._merge_mark.exists()
 
-    def publish(self, files: Mapping[Path, str], manifest: Manifest) -> None:
-        """Give the finished files their names, and write the manifest last.
+    def begin_merge(self) -> None:
+        """Set the mark, and make the merge's folders; without effect after the first time."""
+        if not self.is_merging:
+            for folder in (self.final, self.merged):
+                remove(folder)
+                folder.mkdir()
+            write_atomically(self._merge_mark, "")
 
-        Whoever finds a manifest finds all its files, whole, even after a power cut: everything is
-        on the disk before the first name changes, and an old manifest goes before its files do.
+    def finished_shards(self) -> list[int]:
+        """Return the numbers of the inputs that have a finished shard."""
+        folders = [record.parent for record in self.shards.glob(f"*/{RECORD_NAME}")]
+        return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
 
-        Args:
-            files: From paths inside the workspace to names relative to the output folder.
-            manifest: Its paths lie in the output folder.
+    def clear(self) -> None:
+        """Remove all that was done; the record of publication, which others would finish, last."""
+        for name in ("shards", "merged", "final", "merging", "stale.json", "manifest.json"):
+            remove(self.path / name)
+        self.shards.mkdir()
+
+    def lock_shard(self, index: int) -> bool:
+        """Take the lock on a shard that is to be built; False when another run has it."""
+        path = self.shards / f"{index:06d}.lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            os.close(descriptor)
+            return False
+        self._locks.append(descriptor)
+        for leftover in self.shards.glob(f"{shard_folder(self.shards, index).name}.*"):
+            if leftover != path:
+                shutil.rmtree(leftover, ignore_errors=True)
+        return True
+
+    def copy_tokenizer(
+        self, tokenizer_type: str, tokenizer_model: str | None
+    ) -> tuple[list[Path], str | None]:
+        """Copy the tokenizer's files, which may change while a run reads them.
+
+        Returns:
+            The copies, the one to load first, and their sha256.
         """
-        manifest_file = self.path / MANIFEST_NAME
-        manifest_file.write_text(manifest.to_json(self.output_dir), encoding="utf-8")
-        for file in (*files, manifest_file):
-            _sync(file)
-        stale = self._retire()
-        for file, name in files.items():
-            target = self.output_dir / name
-            target.parent.mkdir(exist_ok=True)
-            os.replace(file, target)
-            stale.discard(target)
-        for folder in {(self.output_dir / name).parent for name in files.values()}:
-            _sync(folder)
-        os.replace(manifest_file, self.output_dir / MANIFEST_NAME)
-        _sync(self.output_dir)
-        for file in stale:
-            file.unlink(missing_ok=True)
+        files = tokenizer_files(tokenizer_type, tokenizer_model)
+        if not files:
+            return [], None
+        folder = Path(tempfile.mkdtemp(prefix="tokenizer.", dir=self.path))
+        self._copies.append(folder)
+        copies = [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+        return copies, tokenizer_sha256(tokenizer_type, copies[0])
 
-    def _check_unpublished(self) -> None:
-        if self._overwrite:
-            return
-        for pattern in _PUBLISHED:
-            for file in self.output_dir.glob(pattern):
+    def _lock_folder(self) -> int:
+        path = self.path / _LOCK
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # removed by a run that is just ending
+                continue
+            kind = fcntl.LOCK_SH if self.is_shared else fcntl.LOCK_EX
+            if not lock(descriptor, kind | fcntl.LOCK_NB):
+                os.close(descriptor)
                 raise ValueError(
-                    f"{self.output_dir} already holds {file.name}; pass --overwrite to replace "
-                    "what is there, or choose another --output-dir"
+                    f"another run is writing to {self.output_dir}; wait for it, or choose another "
+                    "--output-dir"
                 )
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+            os.close(descriptor)
 
     def _remove_leftovers(self) -> None:
-        """Remove what a killed run left behind."""
         for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
+            if entry.name not in _KEPT:
+                remove(entry)
+        for entry in self.shards.iterdir():
+            if not entry.name.isdigit():
+                remove(entry)
 
-    def _retire(self) -> set[Path]:
-        """Remove the earlier manifest; return the files of the corpus that it described."""
-        try:
-            domains = Manifest.load(self.output_dir).domains
-        except ValueError:
-            domains = []
-        (self.output_dir / MANIFEST_NAME).unlink(missing_ok=True)
-        _sync(self.output_dir)
-        if not domains:
-            return set()
-        # All of the tokenizer's folder: HuggingFace would find a leftover file by its name.
-        stale = set((self.output_dir / TOKENIZER_FOLDER).glob("*"))
-        return stale | {Path(f"{d.prefix}{end}") for d in domains for end in (".bin", ".idx")}
+    def _release(self) -> None:
+        for descriptor in reversed(self._locks):
+            os.close(descriptor)
 
 
-def _lock(file: TextIO) -> None:
-    """Take the lock, which ends with this process whatever ends it.
+def say(message: str) -> None:
+    """Tell the user what a run does; standard output is for its result."""
+    print(message, file=sys.stderr, flush=True)
 
-    Raises:
-        ValueError: when another process has it.
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lock(descriptor: int, kind: int) -> bool:
+    """Take a lock, which ends with this process whatever ends it; False when another has it.
+
+    Args:
+        descriptor: Of a file open for reading and writing; closing it ends the lock.
+        kind: As ``fcntl.lockf`` takes it. Without LOCK_NB, wait until the other is done.
     """
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, kind)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            folder = Path(file.name).parent.parent
-            raise ValueError(
-                f"another run is writing to {folder}; wait for it, or choose another --output-dir"
-            ) from error
         # Some network file systems have no locks: a run must be possible there too.
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(descriptor)
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True

@@ -6,7 +6,6 @@ import numpy as np
 
 from megatron_acodm.reporting.run import Run
 
-
 MEANS = ("mean of domains", "by natural weight")
 """The two means of the domains' perplexities."""
 
