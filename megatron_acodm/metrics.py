@@ -155,7 +155,7 @@ def domain_metrics(
 
 def perplexity(loss: float) -> float:
     """Perplexity of a mean token loss in nats; inf where it is beyond floats."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def mean_perplexities(

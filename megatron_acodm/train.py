@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(ended_early, file=sys.stderr, end="\n" if ended_early else "", flush=True)
     import torch
 
+    torch.distributed.barrier()  # so that no early exit makes torchrun end who still prints
     torch.distributed.destroy_process_group()
     sys.exit(bool(ended_early))
 

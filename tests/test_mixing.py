@@ -114,6 +114,42 @@ def test_a_domain_without_data_is_never_drawn(name: str) -> None:
         assert weights[1] == 0 and weights.sum() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("max_weight", [1.0, 0.4])
+def test_a_used_up_domain_is_masked_out_of_the_mixture_for_good(max_weight: float) -> None:
+    controller = MixingController(_policy("acodm", max_weight=max_weight))
+    for iteration in range(1, 20):
+        available = np.array([True, iteration < 8, iteration < 14])
+        weights = controller.decide(_observation(iteration, available=available))
+        assert weights.sum() == pytest.approx(1.0)
+        assert (weights[available] > 0.03).all() and (weights[~available] == 0).all()
+    assert controller.policy_failures == 0
+    controller.decide(_observation(20, available=np.zeros(3, dtype=bool)))  # nothing is left
+    assert controller.policy_failures == 0
+
+
+def test_a_restored_agent_masks_what_the_uninterrupted_one_does() -> None:
+    whole = MixingController(_policy("acodm", max_weight=0.45))
+    available = np.array([True, False, True])
+    for iteration in range(1, 8):
+        whole.decide(_observation(iteration))
+    whole.decide(_observation(8, available=available))
+    restored = MixingController(_policy("acodm", max_weight=0.45))
+    restored.load_state_dict(whole.state_dict())
+    for iteration in range(9, 14):
+        seen = _observation(iteration, available=available)
+        np.testing.assert_array_equal(restored.decide(seen), whole.decide(seen))
+
+
+def test_a_run_is_resumed_with_its_last_weights_unless_they_leave_a_domain_out() -> None:
+    controller = MixingController(_policy("acodm"))
+    controller.weights = np.array([0.5, 0.3, 0.2])
+    assert controller.weights_to_resume_with().tolist() == [0.5, 0.3, 0.2]
+    controller.weights = np.array([0.5, 0.0, 0.5])
+    np.testing.assert_array_equal(
+        controller.weights_to_resume_with(), controller.policy.initial_weights
+    )
+
+
 def test_the_first_mixture_is_the_configured_one_above_the_floor() -> None:
     natural = _policy("acodm").initial_weights
     assert natural.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.02)

@@ -16,7 +16,7 @@ from host import start_megatron
 import megatron_acodm
 from megatron_acodm import AcodmConfig, RunShape
 from megatron_acodm.config import BlendingConfig, MixingConfig
-from megatron_acodm.megatron import compat
+from megatron_acodm.megatron import builder, compat
 from megatron_acodm.megatron.shim import install_cpu_shim, uninstall_cpu_shim
 from megatron_acodm.megatron.tokenizer import build_tokenizer
 
@@ -101,6 +101,14 @@ def test_with_a_policy_validation_and_test_splits_are_stock(
         assert type(left) is type(right)
         if left is not None:
             _assert_same_samples(left, right)
+
+
+def test_a_node_with_other_data_than_rank_0s_is_named() -> None:
+    start_megatron()
+    rank_0s = [(10, 111), (5, 222)]
+    builder._refuse_other_data([(10, 111), None], rank_0s, ["web", "code"])
+    with pytest.raises(ValueError, match="rank 0 reads other data for domain 'code' than rank 0"):
+        builder._refuse_other_data([(10, 111), (5, 333)], rank_0s, ["web", "code"])
 
 
 def test_the_online_dataset_delivers_the_ledgers_domains(corpus: Corpus, tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ def test_other_text_of_the_same_length_is_noticed(
         (("--acodm-repetition", "cap 0"), "'cap N' with a positive number N"),
         (("--acodm-repetition", "never"), "'cap N' with a positive number N"),
         (("--acodm-minimum-quota", "-1"), "minimum_quota is -1; it must be at least 0"),
-        (("--acodm-repetition", "cap 0.0001"), "not enough data for the first steps"),
+        (("--acodm-repetition", "cap 0.0001"), "not enough data for the first step:"),
         (("--train-samples", "15"), "less than a first step needs"),
     ],
 )

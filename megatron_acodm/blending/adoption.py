@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_acodm.blending import integrity
+from megatron_acodm.blending import integrity, mapping
 from megatron_acodm.blending.ledger import Ledger
 
 
@@ -32,6 +32,12 @@ def adopt(ledger: Ledger, state: dict[str, Any], sample: int, kept: Collection[s
         names = list(saved["names"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"this is not the state of a ledger: {error!r}") from error
+    if saved["scheme"] != mapping.SCHEME:
+        raise ValueError(
+            f"the ledger was saved under scheme {saved['scheme']} of the data order, this is "
+            f"scheme {mapping.SCHEME}, which would repeat and skip sequences; use the version that "
+            "saved it"
+        )
     rows, _ = integrity.verify(state, saved, 2 * len(names) + 2)
     found = np.flatnonzero(rows[:, 0] == sample)
     if len(found) == 0:

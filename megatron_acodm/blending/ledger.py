@@ -139,11 +139,16 @@ class Ledger:
         """[K] how often each domain has been gone through, by the samples before one (all)."""
         return self.drawn_before(self.num_samples if before is None else before) / self.sizes
 
+    def drawable(self) -> NDArray[np.bool_]:
+        """[K] whether a stage may ask for anything of a domain; a cap that is an error lets it."""
+        return (self.remaining() > 0) | self.stop_at_cap
+
     def remaining(self) -> Int64Array:
-        """[K] granules that may still be drawn from each domain."""
+        """[K] granules that are left of each domain before its cap."""
         if self.max_epochs is None:
             return np.full(self.num_domains, MAX_COUNT // self.granule_size, dtype=np.int64)
-        caps = [min(int(self.max_epochs * size), MAX_COUNT) for size in self.sizes.tolist()]
+        # 0.29 of 100 sequences are 29, whatever floats make of it.
+        caps = [min(int(self.max_epochs * n + 1e-6), MAX_COUNT) for n in self.sizes.tolist()]
         left = np.array(caps, dtype=np.int64) - self._cursor(self._length)
         return np.maximum(left, 0) // self.granule_size
 
@@ -181,7 +186,7 @@ class Ledger:
         self._length += 1
         if not dist.is_initialized() or dist.get_rank() == 0:
             before = self._cursor(self._length - 1)
-            used_up = self.remaining() == 0
+            used_up = ~self.drawable()
             log_repetition(self.num_samples, self.names, self.sizes, before, drawn, used_up)
         if self._ring is not None:
             self._ring.publish(self.num_stages - 1, self._rows[self._length - 1 : self._length + 1])
@@ -200,8 +205,9 @@ class Ledger:
             return quotas.divide(units, num_granules, self._carry, minimum, limits)
         except quotas.DataExhausted as error:
             raise quotas.DataExhausted(
-                f"every domain has been gone through {self.max_epochs:g} times, its cap, or will "
-                f"be with less than another step: {error} of {self.granule_size} sequences each"
+                f"every domain that has a weight has been gone through {self.max_epochs:g} times, "
+                f"its cap, or will be with less than another step: {error}, of "
+                f"{self.granule_size} sequences each"
             ) from error
 
     def _refuse_passing(self, quota: Int64Array, limits: Int64Array) -> None:

@@ -181,7 +181,8 @@ def divide(
         DataExhausted: when the domains with a weight have less granules left than the stage.
     """
     drawable = (units > 0) & (limits > 0)
-    if minimum < 0 or int(np.minimum(minimum, limits[drawable]).sum()) > num_granules:
+    fits = 0 <= minimum <= num_granules
+    if not fits or int(np.minimum(minimum, limits[drawable]).sum()) > num_granules:
         raise ValueError(
             f"a minimum of {minimum} granules for each of {int(drawable.sum())} domains does not "
             f"fit into a stage of {num_granules}; lower it, or raise the global batch size"

@@ -8,6 +8,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
@@ -70,12 +71,18 @@ def _build_one_epoch(builder: Any, prefixes: list[str], train_range: Any) -> lis
 def _agree_on_data(
     datasets: list[Any], names: list[str], config: Any
 ) -> tuple[list[int], list[int]]:
-    """Sequences an epoch and checksum of each domain; rank 0, which always builds, tells all."""
-    found = [None if d is None else (len(d), _checksum(d)) for d in datasets]
+    """Sequences an epoch and checksum of each domain; rank 0, which always builds, tells all.
+
+    Raises:
+        ValueError: on every rank, when one reads other data, as a stale copy on its node may be.
+    """
+    mine = [None if d is None else (len(d), _checksum(d)) for d in datasets]
+    found = mine
     if dist.is_initialized():
-        message = [found]
+        message = [mine]
         dist.broadcast_object_list(message, src=0)
         found = message[0]
+        _refuse_other_data(mine, found, names)
     for name, data in zip(names, found, strict=True):
         if data is None or data[0] == 0:
             raise ValueError(
@@ -83,6 +90,23 @@ def _agree_on_data(
                 "each domain needs at least 1: remove it, add text, or lower --seq-length"
             )
     return [size for size, _ in filter(None, found)], [crc for _, crc in filter(None, found)]
+
+
+def _refuse_other_data(mine: list[Any], rank_0s: list[Any], names: list[str]) -> None:
+    nowhere = dist.get_world_size() * len(names)
+    differing = (
+        dist.get_rank() * len(names) + k
+        for k, (ours, theirs) in enumerate(zip(mine, rank_0s, strict=True))
+        if ours is not None and ours != theirs
+    )
+    first = torch.tensor([next(differing, nowhere)], device="cuda")
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    rank, domain = divmod(int(first), len(names))
+    if int(first) < nowhere:
+        raise ValueError(
+            f"rank {rank} reads other data for domain {names[domain]!r} than rank 0; make the "
+            "files of all nodes the same"
+        )
 
 
 def _checksum(dataset: Any) -> int:

@@ -136,6 +136,9 @@ class StepMeasurement:
 
     def on_forward(self, forward_data_store: Sequence[Any], num_microbatches: int) -> None:
         """Take the loss that the host has just stored for a micro-batch, if this rank has it."""
+        report = forward_data_store[-1] if forward_data_store else None
+        # Taken out, as Megatron-LM averages every entry that it finds.
+        sequences = report.pop(SEQUENCE_LOSSES, None) if isinstance(report, dict) else None
         if not self._active:
             return
         start = time.perf_counter()
@@ -149,10 +152,10 @@ class StepMeasurement:
         if len(forward_data_store) > self._forwards:
             self._forwards = len(forward_data_store)
             if self._groups.owns_loss:
-                self._add_losses(forward_data_store[-1], self._forwards - 1)
+                self._add_losses(report, sequences, self._forwards - 1)
         self.seconds += time.perf_counter() - start
 
-    def _add_losses(self, report: Any, micro_batch: int) -> None:
+    def _add_losses(self, report: Any, sequences: torch.Tensor | None, micro_batch: int) -> None:
         loss_sums, tokens = self.estimator.extra.view(2, self._num_domains)
         if self._domains is not None:
             loss_sum, count = _loss_and_tokens(report)
@@ -160,13 +163,13 @@ class StepMeasurement:
             tokens[self._domains[micro_batch]] += count
             return
         assert self._sequence_domains is not None
-        if not isinstance(report, dict) or SEQUENCE_LOSSES not in report:
+        if sequences is None:
             raise RuntimeError(
                 "blending.granule is 'sequence', so losses must be told apart by sequence: let "
                 f"the loss function report {SEQUENCE_LOSSES!r} as well, [micro-batch size, 2] "
                 "loss sums and token counts, or use the granule 'micro-batch'"
             )
-        losses = report[SEQUENCE_LOSSES].detach().to(loss_sums.dtype)
+        losses = sequences.detach().to(loss_sums.dtype)
         domains = self._sequence_domains[micro_batch]
         loss_sums.index_add_(0, domains, losses[:, 0])
         tokens.index_add_(0, domains, losses[:, 1])

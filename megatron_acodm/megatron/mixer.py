@@ -20,7 +20,7 @@ from megatron_acodm.megatron.builder import domain_name
 from megatron_acodm.megatron.groups import ParallelGroups, check_layout
 from megatron_acodm.megatron.measurement import StepMeasurement, StepStatistics
 from megatron_acodm.megatron.parameters import make_probes, select_parameters
-from megatron_acodm.megatron.quota import granule_size, minimum_quota
+from megatron_acodm.megatron.quota import granule_size, minimum_quota, warn_of_small_domains
 from megatron_acodm.megatron.run import RunShape
 from megatron_acodm.mixing import POLICIES, MixingController, Observation, Policy, build_policy
 
@@ -124,11 +124,12 @@ class Mixer:
             stop_at_cap=blending.repetition == "error",
         )
         self._append_ahead(0, controller.initial_weights)
-        if self.exhausted is not None:
+        if self.ledger.num_samples == 0:
             raise ValueError(
-                f"there is not enough data for the first steps: {self.exhausted}; lower the "
+                f"there is not enough data for the first step: {self.exhausted}; lower the "
                 "batch size, or change blending.repetition"
             )
+        warn_of_small_domains(self.ledger, blending)
         if any(dataset is None for dataset in datasets):
             return None
         return OnlineBlendedDataset(
@@ -270,7 +271,7 @@ class Mixer:
                 progress=min(1.0, iteration / self.run.train_iters),
                 weights=weights,
                 samples=samples,
-                available=self.ledger.remaining() > 0,
+                available=self.ledger.drawable(),
                 loss=statistics.loss,
                 alignment=statistics.alignment,
                 grad_sq_norm=statistics.grad_sq_norm,
@@ -292,7 +293,12 @@ class Mixer:
         )
 
     def _append_ahead(self, consumed_samples: int, weights: np.ndarray) -> None:
-        """Decide all steps up to the lag behind the one that starts here, where they are not."""
+        """Decide all steps up to the lag behind the one that starts here, where they are not.
+
+        Other weights may be possible where the last ones were not: each call tries anew, as the
+        first one of a resumed run does.
+        """
+        self.exhausted = None
         end = consumed_samples
         for _ in range(1 + self.config.blending.decision_lag):
             end += self.run.batch_size(end)
@@ -343,15 +349,13 @@ class Mixer:
         return json.loads(json.dumps(fingerprint))  # as it will be read back
 
     def continue_from(self, consumed_samples: int) -> None:
-        """Go on after ledger and policy were restored; collective.
+        """Decide what is not decided yet after ledger and policy were restored; collective.
 
-        A run that was saved when its data was used up has nothing decided ahead; under another
-        ``blending.repetition`` it goes on.
+        That is nothing, unless the run was saved when its data was used up, or has other data now.
         """
-        self.exhausted = None
         weights = np.zeros(len(self.domains))
         if self._controller is not None:
-            weights = self._controller.weights
+            weights = self._controller.weights_to_resume_with()
         self._append_ahead(consumed_samples, self._agree_on(weights))
 
     @property

@@ -1,13 +1,30 @@
-"""Resolves the granule and the minimum quota of a run from its config, sizes and policy."""
+"""Resolves the granule and the minimum quota of a run, and warns of domains too small for it."""
 
 from __future__ import annotations
 
 import logging
 
+from megatron_acodm.blending import Ledger
 from megatron_acodm.config import BlendingConfig
 from megatron_acodm.megatron.run import RunShape
 
 logger = logging.getLogger(__name__)
+
+
+def warn_of_small_domains(ledger: Ledger, config: BlendingConfig) -> None:
+    """Tell of domains that a cap leaves less than one granule of."""
+    if config.max_epochs is None:
+        return
+    sizes = zip(ledger.names, ledger.sizes.tolist(), strict=True)
+    small = [name for name, size in sizes if config.max_epochs * size < ledger.granule_size]
+    if small:
+        logger.warning(
+            "%s: fewer sequences than a granule of %d under blending.repetition %r, so never "
+            "drawn; use granule 'sequence', a smaller micro-batch, or a higher cap",
+            ", ".join(small),
+            ledger.granule_size,
+            config.repetition,
+        )
 
 
 def granule_size(config: BlendingConfig, run: RunShape, needs_alignment: bool) -> int:

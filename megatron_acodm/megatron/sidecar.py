@@ -22,6 +22,8 @@ from megatron_acodm.mixing.serialization import load_state, save_state
 logger = logging.getLogger(__name__)
 
 FOLDER = "acodm"
+FORMAT = 2
+"""Version of the folder's layout."""
 
 
 def save_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> None:
@@ -32,7 +34,11 @@ def save_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> No
         folder.mkdir(parents=True, exist_ok=True)
         save_state(folder / "ledger", mixer.ledger.state_dict())
         save_state(folder / "policy", mixer.controller.state_dict())
-        description = {"iteration": iteration, "fingerprint": mixer.fingerprint()}
+        description = {
+            "format": FORMAT,
+            "iteration": iteration,
+            "fingerprint": mixer.fingerprint(),
+        }
         write_atomically(folder / "acodm.json", json.dumps(description, indent=1))
     dist.barrier(group=mixer.control_group)
 
@@ -58,22 +64,35 @@ def load_sidecar(
             sizes, or, without ``adopt``, in its domains.
     """
     folder = Path(checkpoint_dir) / FOLDER
+    consumed = mixer.run.samples_before(iteration)
     if not folder.is_dir():
+        logger.warning(
+            "%s has no folder %r: the policy starts afresh, and every domain at its first sequence",
+            checkpoint_dir,
+            FOLDER,
+        )
+        mixer.ledger.restart_at(iteration, consumed, [0] * len(mixer.domains), 0)
+        mixer.continue_from(consumed)
         return False
     try:
         with open(folder / "acodm.json", encoding="utf-8") as file:
             description = json.load(file)
-        saved, saved_iteration = description["fingerprint"], description["iteration"]
-        saved_domains = dict(saved["domains"])
+        version, saved_iteration = description.get("format"), description["iteration"]
+        saved = description["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'acodm.json'} is damaged: {error}") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{folder} has format {version}, this version of megatron-acodm reads {FORMAT}; resume "
+            "with the version that saved it"
+        )
     if saved_iteration != iteration:
         raise ValueError(f"{folder} is of iteration {saved_iteration}, not of {iteration}")
     current = mixer.fingerprint()
-    refuse_differences(checkpoint_dir, saved, current, except_for={"domains"} if adopt else set())
-    consumed = mixer.run.samples_before(iteration)
+    accepted = {"domains", "mixing.weights"} if adopt else set()
+    refuse_differences(checkpoint_dir, saved, current, except_for=accepted)
     ledger, policy = load_state(folder / "ledger"), folder / "policy"
-    domains = current["domains"]
+    domains, saved_domains = current["domains"], saved["domains"]
     if list(domains.items()) == list(saved_domains.items()):
         mixer.ledger.load_state_dict(ledger)
     else:
@@ -117,8 +136,14 @@ def refuse_differences(
         raise ValueError(
             f"{checkpoint_dir} was saved by a different run:\n  "
             + "\n  ".join(differences)
-            + "\nresume with the saved settings, or start without --load (other domains, and other "
-            "data of theirs, can be accepted with --acodm-adopt)"
+            + "\nresume with the saved settings, or start without --load"
+            + (
+                "; other domains, and other data of theirs, can be accepted with --acodm-adopt"
+                if any(
+                    line.startswith(("domain '", "order of the domains")) for line in differences
+                )
+                else ""
+            )
         )
 
 

@@ -54,14 +54,24 @@ class MixingController:
                 )
             return self.weights.copy()
         try:
-            if not np.array_equal(observation.available, self._available):
-                self.policy.restrict(observation.available)
-                self._available = observation.available
+            available = observation.available & self.policy.setting.active
+            if available.any() and not np.array_equal(available, self._available):
+                self.policy.restrict(available)
+                self._available = available
             self.weights = self._checked(self.policy.decide(observation))
         except Exception as error:  # the run must survive any fault of the agent
             self._report_failure(observation.iteration, error)
             self.policy.interrupt()
         return self.weights.copy()
+
+    def weights_to_resume_with(self) -> np.ndarray:
+        """Weights [K] for steps that a restored run has not decided yet.
+
+        The last decision; or the first mixture, where that decision left out domains that can be
+        drawn again, as after their data or its cap was raised.
+        """
+        good = self.policy.bounds.contains(self.weights)
+        return (self.weights if good else self.policy.initial_weights).copy()
 
     @property
     def needs_alignment(self) -> bool:

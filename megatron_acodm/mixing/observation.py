@@ -24,7 +24,7 @@ class Observation:
     """[K] int64: sequences of each domain in this step's batch."""
 
     available: np.ndarray
-    """[K] bool: the domains that the next undecided step may draw from; at least one."""
+    """[K] bool: the domains with data left for the next undecided step."""
 
     loss: np.ndarray
     """[K] float64: mean token loss; nan where the domain was not drawn."""

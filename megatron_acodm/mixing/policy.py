@@ -83,7 +83,7 @@ class Policy(ABC):
         """Weights [K] float64, within ``bounds``, for the next stage that is not decided yet."""
 
     def restrict(self, available: np.ndarray) -> None:  # noqa: B027 (see below)
-        """From now on only the ``available`` [K] bool domains can be drawn.
+        """From now on only the ``available`` [K] bool domains, at least one, can be drawn.
 
         Whatever weight a policy gives to others goes to the available ones in proportion, so a
         policy that does not learn from what its weights do need not care.

@@ -70,8 +70,8 @@ class Run:
                 ).reshape(len(validations), len(info.domains)),
                 mean_perplexity=np.array(
                     [
-                        [line["mean_perplexity"].get(key) for key in ("unweighted", "natural")]
-                        for line in validations
+                        [means.get("unweighted"), means.get("natural")]
+                        for means in (line.get("mean_perplexity", {}) for line in validations)
                     ],
                     dtype=np.float64,
                 ).reshape(len(validations), 2),
