@@ -6,9 +6,12 @@
 
 #include <tuple>
 
+#include "hash.h"
+
 namespace megatron_acodm {
 
 constexpr int64_t kMaxDomains = 256;
+constexpr int64_t kMaxBuckets = int64_t{1} << 30;
 
 inline void check_alignment_input(const at::Tensor& G) {
   TORCH_CHECK_VALUE(G.dim() == 2, "G has shape ", G.sizes(), "; it must be [domains, numbers]");
@@ -46,6 +49,22 @@ inline void check_growth_inputs(const at::Tensor& row, const at::Tensor& main_gr
   TORCH_CHECK_VALUE(
       !overlap(row, main_grad) && !overlap(row, seen) && !overlap(seen, main_grad),
       "row, main_grad and seen share memory; seen must be a copy of main_grad, not a view");
+}
+
+inline void check_sketch_inputs(const at::Tensor& row, const at::Tensor& grad) {
+  TORCH_CHECK_VALUE(row.scalar_type() == at::kFloat, "row is of ", row.scalar_type(),
+                    "; it must be float32");
+  TORCH_CHECK_VALUE(grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kBFloat16,
+                    "grad is of ", grad.scalar_type(), "; it must be float32 or bfloat16");
+  TORCH_CHECK_VALUE(row.dim() == 1 && row.numel() > 0 && row.numel() % kWordBuckets == 0 &&
+                        row.numel() <= kMaxBuckets,
+                    "row has shape ", row.sizes(), "; it must be flat, a multiple of ",
+                    kWordBuckets, " numbers, ", kMaxBuckets, " at most");
+  TORCH_CHECK_VALUE(row.is_contiguous(), "row must be contiguous");
+  TORCH_CHECK_VALUE(row.device() == grad.device(), "row and grad lie on ", row.device(), " and ",
+                    grad.device(), "; they must lie on one device");
+  TORCH_CHECK_VALUE(!grad.is_contiguous() || !overlap(row, grad),
+                    "row and grad share memory; give the sketch a row of its own");
 }
 
 // G with the elements of a row side by side, as the kernels read it; copied only if they are not.

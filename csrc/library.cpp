@@ -6,6 +6,8 @@
 
 TORCH_LIBRARY(megatron_acodm, library) {
   library.def("domain_alignment(Tensor G) -> (Tensor W, Tensor sq_norm)");
+  library.def("gram(Tensor G) -> Tensor");
+  library.def("add_sketch_(Tensor(a!) row, Tensor grad, int key) -> ()");
   library.def("accumulate_domain_grad_(Tensor(a!) row, Tensor main_grad, Tensor(b!) seen) -> ()");
 }
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from typing import Any
 
-from megatron_acodm.config import GRANULES, POLICIES, AcodmConfig
+from megatron_acodm.config import ESTIMATORS, GRANULES, POLICIES, AcodmConfig
 from megatron_acodm.megatron.run import RunShape
 from megatron_acodm.megatron.tokenizer import TOKENIZER_TYPES
 
@@ -134,6 +134,17 @@ def _add_acodm(group: Any) -> None:
     group.add_argument("--acodm-adopt", action="store_true",
                        help="resume although domains came, went or have other data; those "
                        "that stayed go on where they were")  # fmt: skip
+    group.add_argument("--acodm-estimator", choices=ESTIMATORS,
+                       help="compare gradients in full, or by a random projection")  # fmt: skip
+    group.add_argument("--acodm-sketch-size", type=int,
+                       help="numbers a domain of the projection, a multiple of 64")  # fmt: skip
+    group.add_argument("--acodm-coordinates", type=float, metavar="SHARE",
+                       help="random share of the coordinates that estimator exact compares; "
+                       "default: all")  # fmt: skip
+    group.add_argument("--acodm-parameters", nargs="+", metavar="PATTERN",
+                       help="names of the parameters whose gradients count, such as "
+                       "'decoder.layers.*.linear_fc1.weight', in place of depths and "
+                       "kind")  # fmt: skip
     group.add_argument("--acodm-depths", type=float, nargs="+",
                        help="relative depths of the layers whose gradients count")  # fmt: skip
     group.add_argument("--acodm-kind", help="their weight: fc1, fc2, qkv or proj")
@@ -165,6 +176,10 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
             "repetition": args.acodm_repetition,
         },
         "alignment": {
+            "estimator": args.acodm_estimator,
+            "sketch_size": args.acodm_sketch_size,
+            "coordinates": args.acodm_coordinates,
+            "parameters": None if args.acodm_parameters is None else tuple(args.acodm_parameters),
             "kind": args.acodm_kind,
             "depths": None if args.acodm_depths is None else tuple(args.acodm_depths),
         },

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 POLICIES = ("acodm", "static", "uniform")
-ESTIMATORS = ("exact",)
+ESTIMATORS = ("exact", "sketch")
 GRANULES = ("micro-batch", "sequence")
 PARAMETER_KINDS = ("fc1", "fc2", "qkv", "proj")
 
@@ -221,13 +221,34 @@ class AlignmentConfig:
     """Which gradients are compared, and how."""
 
     estimator: str = "exact"
-    """One of ESTIMATORS."""
+    """One of ESTIMATORS.
+
+    ``exact`` keeps the gradient of the selected parameters once a domain. ``sketch`` keeps a random
+    projection of it to ``sketch_size`` numbers: far less memory and traffic, products within about
+    1 / sqrt(sketch_size) of the norms (docs/alignment.md).
+    """
+
+    sketch_size: int = 16384
+    """Numbers a domain that estimator ``sketch`` keeps and sums over ranks; a multiple of 64."""
+
+    coordinates: float | None = None
+    """Estimator ``exact``: share of the coordinates that it keeps, chosen at random; None: all."""
+
+    seed: int = 0
+    """Which random projection, or subset of coordinates; the same in every step of a run."""
 
     kind: str = "fc2"
     """Which weight of a selected transformer layer: one of PARAMETER_KINDS (paper: fc2)."""
 
     depths: tuple[float, ...] = (0.75, 0.875, 1.0)
     """Relative depths of the selected layers, in (0, 1] (paper: layers 12, 14, 16 of 16)."""
+
+    parameters: tuple[str, ...] | None = None
+    """Parameters by name, in place of ``kind`` at ``depths``: patterns of Python's fnmatch.
+
+    Names are Megatron's, with the layer's number in the whole model counted from 0, such as
+    ``decoder.layers.11.mlp.linear_fc2.weight`` or ``decoder.layers.*.self_attention.*.weight``.
+    """
 
     num_probes: int = 4
     """Layers, evenly spread over the depth, whose weight norms the state holds."""
@@ -248,6 +269,26 @@ class AlignmentConfig:
                 0.0 < depth <= 1.0,
                 f"alignment.depths holds {depth}; a depth lies in (0, 1], 1 is the last layer",
             )
+        _require(
+            self.parameters is None or len(self.parameters) > 0,
+            "alignment.parameters is empty; name parameters, or leave it out for kind and depths",
+        )
+        _require(
+            64 <= self.sketch_size <= 1 << 24 and self.sketch_size % 64 == 0,
+            f"alignment.sketch_size is {self.sketch_size}; it must be a multiple of 64, from 64 to "
+            f"{1 << 24}",
+        )
+        _require(
+            self.coordinates is None or 0.0 < self.coordinates < 1.0,
+            f"alignment.coordinates is {self.coordinates}; a share of coordinates lies in (0, 1), "
+            "leave it out for all of them",
+        )
+        _require(
+            self.coordinates is None or self.estimator == "exact",
+            "alignment.coordinates is for estimator 'exact', not "
+            f"{self.estimator!r}; choose one of them",
+        )
+        _require_in_range("alignment.seed", self.seed, 0, 2**32 - 1)
         _require(self.num_probes >= 1, f"alignment.num_probes is {self.num_probes}; at least 1")
 
 
@@ -343,6 +384,8 @@ def _checked(value: Any, annotation: str, name: str) -> Any:
         return value
     if kind == "tuple[float, ...]" and isinstance(value, (list, tuple)):
         return tuple(_checked(item, "float", name) for item in value)
+    if kind == "tuple[str, ...]" and isinstance(value, (list, tuple)):
+        return tuple(_checked(item, "str", name) for item in value)
     if kind == "dict[str, float]" and isinstance(value, dict):
         return {str(key): _checked(item, "float", f"{name}.{key}") for key, item in value.items()}
     raise ValueError(f"{name} is {value!r}; it must be of type {kind}")

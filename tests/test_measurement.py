@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,17 +29,26 @@ def unpatched() -> Iterator[None]:
     megatron_acodm.unpatch()
 
 
-def _mixer(model: TrainingModel) -> Mixer:
-    mixer = megatron_acodm.patch(AcodmConfig(alignment=CONFIG), RUN)
+# Far more numbers than the gradients have: what is left is that two weights share some of them.
+SKETCH = dataclasses.replace(CONFIG, estimator="sketch", sketch_size=1 << 20)
+
+
+def _mixer(model: TrainingModel, config: AlignmentConfig = CONFIG) -> Mixer:
+    mixer = megatron_acodm.patch(AcodmConfig(alignment=config), RUN)
     assert mixer is not None
     mixer.bind(["a", "b", "c", "d"], [10] * 4, [2, 1, 3, 0], [None], [0] * 4)
     mixer.attach(model.chunks)
     return mixer
 
 
-def _measure(model: TrainingModel, batches: list[torch.Tensor] = BATCHES, runs: int = 1) -> Any:
+def _measure(
+    model: TrainingModel,
+    batches: list[torch.Tensor] = BATCHES,
+    runs: int = 1,
+    config: AlignmentConfig = CONFIG,
+) -> Any:
     """Statistics of one whole step of the patched host."""
-    mixer = _mixer(model)
+    mixer = _mixer(model, config)
     with mixer.step(1, 0):
         for _ in range(runs):
             forward_backward(model, batches)
@@ -125,6 +135,62 @@ def test_fused_gradient_accumulation_is_read_from_the_growth_of_main_grad() -> N
     fused = _measure(model)
     np.testing.assert_allclose(fused.alignment, plain.alignment, rtol=1e-3)
     np.testing.assert_allclose(fused.loss, plain.loss)
+
+
+def test_a_sketch_measures_what_the_gradients_do() -> None:
+    plain = _measure(tiny_model())
+    model = tiny_model()
+    for selected in select_parameters(model.chunks, 4, SKETCH):
+        _fuse_accumulation(selected.parameter)
+    scale = np.nanmax(plain.grad_sq_norm)
+    for sketched in (_measure(tiny_model(), config=SKETCH), _measure(model, config=SKETCH)):
+        np.testing.assert_allclose(sketched.alignment, plain.alignment, atol=0.01 * scale)
+        np.testing.assert_allclose(sketched.grad_sq_norm, plain.grad_sq_norm, rtol=0.01)
+
+
+def test_a_sketch_of_the_usual_size_ranks_domains_as_their_gradients_do() -> None:
+    plain = _measure(tiny_model())
+    config = dataclasses.replace(CONFIG, estimator="sketch")
+    sketched = _measure(tiny_model(), config=config)
+    assert np.argsort(sketched.alignment[:3]).tolist() == np.argsort(plain.alignment[:3]).tolist()
+
+
+def test_parameters_are_selected_by_megatrons_names() -> None:
+    model = tiny_model()
+
+    def names(*patterns: str) -> list[str]:
+        config = dataclasses.replace(CONFIG, parameters=patterns)
+        return [selected.name for selected in select_parameters(model.chunks, 4, config)]
+
+    assert names("*.layers.[13].mlp.linear_fc2.weight") == [
+        "decoder.layers.1.mlp.linear_fc2.weight",
+        "decoder.layers.3.mlp.linear_fc2.weight",
+    ]
+    assert len(names("decoder.layers.*.self_attention.*.weight", "*layers.0.*")) == 4 * 2 + 10
+    by_kind = [selected.name for selected in select_parameters(model.chunks, 4, CONFIG)]
+    assert by_kind == names("*.layers.[13].mlp.linear_fc2.weight")
+    module = model.chunks[0].module
+    known = dict(getattr(module, "module", module).named_parameters())
+    assert set(names("*")) <= set(known)
+
+
+def test_weights_selected_by_name_measure_like_those_selected_by_depth() -> None:
+    patterns = ("decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.3.mlp.linear_fc2.weight")
+    by_name = _measure(tiny_model(), config=dataclasses.replace(CONFIG, parameters=patterns))
+    np.testing.assert_array_equal(by_name.alignment, _measure(tiny_model()).alignment)
+
+
+def test_every_parameter_of_the_layers_can_be_measured() -> None:
+    statistics = _measure(tiny_model(), config=dataclasses.replace(CONFIG, parameters=("*",)))
+    assert np.isfinite(statistics.alignment[:3]).all()
+    assert np.all(statistics.grad_sq_norm[:3] > _measure(tiny_model()).grad_sq_norm[:3])
+
+
+def test_a_pattern_that_matches_nothing_lists_what_there_is() -> None:
+    config = dataclasses.replace(CONFIG, parameters=("*.linear_fc2.weight", "*.fc9"))
+    message = r"'\*.fc9' matches no parameter; with N from 0 to 3 .*layers.N.mlp.linear_fc1.weight"
+    with pytest.raises(ValueError, match=message):
+        select_parameters(tiny_model().chunks, 4, config)
 
 
 def _fuse_accumulation(parameter: Any) -> None:

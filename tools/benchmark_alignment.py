@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from megatron_acodm import ops
-from megatron_acodm.alignment import ExactEstimator
+from megatron_acodm.alignment import Estimator, ExactEstimator, SketchEstimator
+from megatron_acodm.config import AlignmentConfig
 
 Candidates = dict[str, Callable[[], float]]
 
@@ -54,18 +55,26 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def operator_candidates(G: Tensor, clock: Clock) -> Candidates:
-    """One call each; the floor comes first."""
+def operator_candidates(G: Tensor, sketch_size: int, clock: Clock) -> Candidates:
+    """One pass over the matrix each; the floor comes first."""
+    row = torch.zeros(sketch_size, device=G.device)
+
+    def sketch_rows() -> None:
+        for gradient in G:
+            ops.add_sketch_(row, gradient, 0)
+
     return {
         "G.sum() (floor)": lambda: clock(G.sum),
         "domain_alignment": lambda: clock(lambda: ops.domain_alignment(G)),
+        "gram": lambda: clock(lambda: ops.gram(G)),
+        "add_sketch_, each row": lambda: clock(sketch_rows),
         "PyTorch reference": lambda: clock(lambda: ops.domain_alignment_reference(G)),
         "G @ G.T": lambda: clock(lambda: G @ G.T),
     }
 
 
 class RewardPath:
-    """A step's micro-batches on one rank, measured in three ways.
+    """A step's micro-batches on one rank, measured in five ways.
 
     The gradients are made, and accumulated as the host does, outside the timed parts.
 
@@ -73,11 +82,17 @@ class RewardPath:
         num_domains: K.
         numbers: P, over three parameters.
         num_micro_batches: micro-batches of the step; they take domains in turn.
+        sketch_size: numbers a domain of the sketch.
         device: where gradients live.
     """
 
     def __init__(
-        self, num_domains: int, numbers: int, num_micro_batches: int, device: torch.device
+        self,
+        num_domains: int,
+        numbers: int,
+        num_micro_batches: int,
+        sketch_size: int,
+        device: torch.device,
     ) -> None:
         third = numbers // 3
         self.numels = [third, third, numbers - 2 * third]
@@ -85,7 +100,8 @@ class RewardPath:
         self.num_domains = num_domains
         self.gradient = [torch.randn(n, device=device) for n in self.numels]
         self.main_grads = [torch.zeros(n, device=device) for n in self.numels]
-        self.estimator = ExactEstimator(self.numels, num_domains, 0, device)
+        self.exact = ExactEstimator(self.numels, num_domains, 0, device)
+        self.sketch = SketchEstimator(self.numels, num_domains, 0, device, sketch_size, seed=0)
         self.matrix = torch.zeros(num_domains, numbers)
         self.clock = Clock(device)
 
@@ -114,30 +130,37 @@ class RewardPath:
             seconds += self.clock(lambda: add(domain))  # noqa: B023 - runs at once
         return seconds + self.clock(lambda: published_products(self.matrix))
 
-    def exact_by_gradient(self) -> float:
-        """The exact estimator, given each micro-batch's gradient by a hook."""
-        return self._exact(self.estimator.add_gradient, self.gradient)
+    def by_gradient(self, estimator: Estimator) -> float:
+        """An estimator that is given each micro-batch's gradient by a hook."""
+        return self._measured(estimator, estimator.add_gradient, self.gradient)
 
-    def exact_by_growth(self) -> float:
-        """The exact estimator, where only ``main_grad`` is visible."""
-        return self._exact(self.estimator.add_growth, self.main_grads)
+    def by_growth(self, estimator: Estimator) -> float:
+        """An estimator where only ``main_grad`` is visible."""
+        return self._measured(estimator, estimator.add_growth, self.main_grads)
 
-    def _exact(self, add: Callable[[int, int, Tensor], None], grads: Sequence[Tensor]) -> float:
+    def _measured(
+        self,
+        estimator: Estimator,
+        add: Callable[[int, int, Tensor], None],
+        grads: Sequence[Tensor],
+    ) -> float:
         def add_all(domain: int) -> None:
             for index, grad in enumerate(grads):
                 add(index, domain, grad)
 
-        seconds = self.clock(self.estimator.begin_step)
+        seconds = self.clock(estimator.begin_step)
         for domain in self._micro_batches():
             seconds += self.clock(lambda: add_all(domain))  # noqa: B023 - runs at once
-        return seconds + self.clock(self.estimator.products)
+        return seconds + self.clock(estimator.products)
 
     def candidates(self) -> Candidates:
         """What is compared; the published way comes first."""
         return {
             "published": self.published,
-            "exact, by gradient": self.exact_by_gradient,
-            "exact, by growth": self.exact_by_growth,
+            "exact, by gradient": lambda: self.by_gradient(self.exact),
+            "exact, by growth": lambda: self.by_growth(self.exact),
+            "sketch, by gradient": lambda: self.by_gradient(self.sketch),
+            "sketch, by growth": lambda: self.by_growth(self.sketch),
         }
 
 
@@ -170,10 +193,10 @@ def show(title: str, rows: list[dict[str, Any]], num_bytes: int | None) -> None:
     """Print one table; with num_bytes, also the rate at which they were read."""
     print(f"\n{title}")
     rate = "   GB/s" if num_bytes else ""
-    print(f"  {'':20} {'median ms':>10} {'p10':>9} {'p90':>9} {'ratio':>7}{rate}")
+    print(f"  {'':22} {'median ms':>10} {'p10':>9} {'p90':>9} {'ratio':>7}{rate}")
     for row in rows:
         times = [1e3 * row[key] for key in ("median_s", "p10_s", "p90_s")]
-        line = f"  {row['what']:20} {times[0]:10.3f} {times[1]:9.3f} {times[2]:9.3f}"
+        line = f"  {row['what']:22} {times[0]:10.3f} {times[1]:9.3f} {times[2]:9.3f}"
         line += f" {row['ratio']:7.2f}"
         print(line + (f" {num_bytes / row['median_s'] / 1e9:6.1f}" if num_bytes else ""))
 
@@ -219,6 +242,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="numbers of a gradient, e.g. 1e6 1e7 5e7 (default: 1e6)",
     )
     parser.add_argument("--micro-batches", type=int, default=18, help="per step and rank")
+    parser.add_argument(
+        "--sketch-size",
+        type=int,
+        default=AlignmentConfig.sketch_size,
+        metavar="M",
+        help="numbers a domain of the sketch (default: %(default)s)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -230,6 +260,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; at least 2")
     if min(options.numbers) < 3 or not 1 <= min(options.domains) <= max(options.domains) <= 256:
         parser.error("--numbers must be at least 3 each, --domains 1 to 256")
+    try:
+        AlignmentConfig(sketch_size=options.sketch_size)
+    except ValueError as error:
+        parser.error(f"--sketch-size: {error}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no CUDA device")
     return options
@@ -238,21 +272,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def benchmark(K: int, P: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Both tables for one shape."""
     G = torch.randn(K, P, device=device).to(getattr(torch, options.dtype))
-    operators = measure(operator_candidates(G, Clock(device)), options.rounds)
+    operators = measure(operator_candidates(G, options.sketch_size, Clock(device)), options.rounds)
     show(f"operators, K={K}, P={P:,}, {options.dtype}", operators, G.nbytes)
     del G
-    path = RewardPath(K, P, options.micro_batches, device)
+    path = RewardPath(K, P, options.micro_batches, options.sketch_size, device)
     rewards = measure(path.candidates(), max(2, options.rounds // 3))
     for row in rewards:
         row["speedup"] = 1 / row["ratio"]
     show(f"reward path of {options.micro_batches} micro-batches, K={K}, P={P:,}", rewards, None)
-    print(f"  reduced per step: {path.estimator.packed_bytes:,} bytes")
+    packed = {"exact": path.exact.packed_bytes, "sketch": path.sketch.packed_bytes}
+    print("  reduced per step, bytes: " + ", ".join(f"{k} {v:,}" for k, v in packed.items()))
     return {
         "domains": K,
         "numbers": P,
+        "sketch_size": options.sketch_size,
         "operators": operators,
         "reward_path": rewards,
-        "packed_bytes": path.estimator.packed_bytes,
+        "packed_bytes": packed,
     }
 
 

@@ -6,15 +6,15 @@
 #include <algorithm>
 #include <vector>
 
+#include "gram.h"
 #include "lanes.h"
+#include "sketch.h"
 
 namespace megatron_acodm::cpu {
 namespace {
 
 // Columns that one step of a loop takes: two vectors of kLanes.
 constexpr int64_t kStep = 2 * kLanes;
-// Columns summed in float lanes (256 products a lane) before they join the double sums.
-constexpr int64_t kFlushColumns = 4096;
 // Rows that a loop takes together: as many as have their sums in AVX-512's registers, and as
 // many streams as the hardware prefetcher follows.
 constexpr int kGroup = 8;
@@ -22,6 +22,7 @@ constexpr int kGroup = 8;
 constexpr int64_t kTileBytes = 256 * 1024;
 constexpr int64_t kMaxTile = 4096;
 constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kMaxGramChunks = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -164,16 +165,26 @@ ACODM_INLINE void growth_body(float* row, const T* main_grad, T* seen, int64_t n
 
 }  // namespace
 
-AlignmentPlan plan_alignment(int64_t num_rows, int64_t num_columns) {
+static AlignmentPlan plan(int64_t num_rows, int64_t num_columns, int64_t max_chunks) {
   const int64_t fitting = kTileBytes / static_cast<int64_t>(sizeof(float)) / num_rows;
   const int64_t tile = std::min(kMaxTile, fitting / kStep * kStep);
   const int64_t tiles = divide_up(num_columns, tile);
-  const int64_t chunk = std::max<int64_t>(1, divide_up(tiles, kMaxChunks)) * tile;
+  const int64_t chunk = std::max<int64_t>(1, divide_up(tiles, max_chunks)) * tile;
   return {tile, chunk, divide_up(num_columns, chunk)};
 }
 
+AlignmentPlan plan_alignment(int64_t num_rows, int64_t num_columns) {
+  return plan(num_rows, num_columns, kMaxChunks);
+}
+
+AlignmentPlan plan_gram(int64_t num_rows, int64_t num_columns) {
+  return plan(num_rows, num_columns, kMaxGramChunks);
+}
+
+int64_t num_gram_products(int64_t num_rows) { return gram_pairs(num_rows) * kGramProducts; }
+
 // A template cannot carry a target attribute into each of its instances, hence the macro: it
-// defines the two kernels for one element type, with one version an instruction set.
+// defines the kernels for one element type, with one version an instruction set.
 #if defined(__x86_64__)
 #define ACODM_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #define ACODM_AVX2 __attribute__((target("avx2,fma")))
@@ -200,6 +211,14 @@ AlignmentPlan plan_alignment(int64_t num_rows, int64_t num_columns) {
                  (const T* G, int64_t num_rows, int64_t row_stride, int64_t begin, int64_t end, \
                   int64_t tile, double* sums),                                                  \
                  G, num_rows, row_stride, begin, end, tile, sums)                               \
+  ACODM_VERSIONS(void, gram_products, gram_body,                                                \
+                 (const T* G, int64_t num_rows, int64_t row_stride, int64_t begin, int64_t end, \
+                  int64_t tile, double* products),                                              \
+                 G, num_rows, row_stride, begin, end, tile, products)                           \
+  ACODM_VERSIONS(void, add_sketch, sketch_body,                                                 \
+                 (float* row, int64_t num_buckets, const T* g, int64_t n, uint64_t key,         \
+                  int64_t begin, int64_t end),                                                  \
+                 row, num_buckets, g, n, key, begin, end)                                       \
   ACODM_VERSIONS(void, accumulate_growth, growth_body,                                          \
                  (float* row, const T* main_grad, T* seen, int64_t n), row, main_grad, seen, n)
 

@@ -29,6 +29,26 @@ void alignment_sums(const float* G, int64_t num_rows, int64_t row_stride, int64_
 void alignment_sums(const BFloat16Bits* G, int64_t num_rows, int64_t row_stride, int64_t begin,
                     int64_t end, int64_t tile, double* sums);
 
+// The same for gram_products; a chunk's sums are kept for every pair of rows, so chunks are few.
+AlignmentPlan plan_gram(int64_t num_rows, int64_t num_columns);
+
+// Numbers that gram_products writes: the rows, in groups of 4 with zeros past the last, make
+// pairs of groups (0, 0), (0, 1), ..., (1, 1), ...; each pair has 4 x 4 products.
+int64_t num_gram_products(int64_t num_rows);
+
+// Products of every row with every other over the columns [begin, end) of G.
+void gram_products(const float* G, int64_t num_rows, int64_t row_stride, int64_t begin,
+                   int64_t end, int64_t tile, double* products);
+void gram_products(const BFloat16Bits* G, int64_t num_rows, int64_t row_stride, int64_t begin,
+                   int64_t end, int64_t tile, double* products);
+
+// Adds the sketch of the n numbers of g to the buckets [begin, end) of a row, both multiples of 64
+// as num_buckets is; see sketch.h.
+void add_sketch(float* row, int64_t num_buckets, const float* g, int64_t n, uint64_t key,
+                int64_t begin, int64_t end);
+void add_sketch(float* row, int64_t num_buckets, const BFloat16Bits* g, int64_t n, uint64_t key,
+                int64_t begin, int64_t end);
+
 // row += main_grad - seen; seen = main_grad; over n elements, in one pass.
 void accumulate_growth(float* row, const float* main_grad, float* seen, int64_t n);
 void accumulate_growth(float* row, const BFloat16Bits* main_grad, BFloat16Bits* seen, int64_t n);

@@ -15,6 +15,8 @@
 namespace megatron_acodm::cpu {
 
 constexpr int64_t kLanes = 16;
+// Columns summed in float lanes (256 products a lane) before they join double sums.
+constexpr int64_t kFlushColumns = 4096;
 
 template <int WIDTH>
 struct VectorTypes;
@@ -71,6 +73,18 @@ struct Lanes {
   // this += a * b
   ACODM_INLINE void add_product(const Lanes& a, const Lanes& b) {
     for (int i = 0; i < kParts; ++i) part[i] += a.part[i] * b.part[i];
+  }
+
+  // Lane i changes its sign where bit first + i is set; first is 0 or 16.
+  ACODM_INLINE void flip_signs(uint32_t bits, int first) {
+    using Word = typename VectorTypes<WIDTH>::Word;
+    for (int i = 0; i < kParts; ++i) {
+      Word words, to_sign;
+      for (int lane = 0; lane < WIDTH; ++lane) to_sign[lane] = 31 - first - i * WIDTH - lane;
+      std::memcpy(&words, &part[i], sizeof(Word));
+      words ^= ((Word{} + bits) << to_sign) & 0x80000000u;
+      std::memcpy(&part[i], &words, sizeof(Word));
+    }
   }
 
   ACODM_INLINE Lanes operator-(const Lanes& other) const {

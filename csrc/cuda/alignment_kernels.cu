@@ -1,28 +1,25 @@
-// CUDA kernels of the alignment operators. Both are bound by memory: every number is read from it
-// once, in 16-byte loads of neighbouring threads, and nothing depends on the order of atomics.
+// CUDA kernels of the alignment operators; the sketch and the Gram matrix are in sketch.cuh and
+// gram.cuh. Neighbouring threads read neighbouring memory, each number once, those here in 16-byte
+// loads; nothing depends on the order of atomics.
 
 #include <cuda_pipeline.h>
 
 #include <algorithm>
 
 #include "alignment_kernels.cuh"
+#include "common.cuh"
+#include "gram.cuh"
+#include "sketch.cuh"
 
 namespace megatron_acodm::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 // Blocks that share a multiprocessor: while some compute, the others' copies are in flight.
 constexpr int kBlocksPerMultiprocessor = 4;
 // Shared memory of a multiprocessor that any of sm_80, sm_90, sm_100 can give.
 constexpr int64_t kSharedBytes = 160 * 1024;
 constexpr int kMinTileBits = 6;
 constexpr int kMaxTileBits = 10;
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(BFloat16Bits value) {
-  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
-}
 
 // 16 bytes of elements, moved by one instruction.
 template <typename T>
@@ -254,6 +251,43 @@ cudaError_t domain_alignment(const BFloat16Bits* G, int64_t num_rows, int64_t nu
                              double* sq_norm, cudaStream_t stream) {
   return dispatch_alignment(G, num_rows, num_columns, row_stride, blocks, partial, W, sq_norm,
                             stream);
+}
+
+int64_t gram_blocks(int64_t num_columns) {
+  const int64_t tiles = (num_columns + kGramColumns - 1) / kGramColumns;
+  return std::clamp<int64_t>(tiles, 1, kMaxGramBlocks);
+}
+
+int64_t gram_partial_size(int64_t num_rows) {
+  const int64_t panels = gram_panels(num_rows), rows = kSide * gram_squares(num_rows);
+  return panels * (panels + 1) / 2 * rows * rows;
+}
+
+cudaError_t gram(const float* G, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+                 int64_t blocks, double* partial, double* H, cudaStream_t stream) {
+  return launch_gram(G, num_rows, num_columns, row_stride, blocks, partial, H, stream);
+}
+
+cudaError_t gram(const BFloat16Bits* G, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+                 int64_t blocks, double* partial, double* H, cudaStream_t stream) {
+  return launch_gram(G, num_rows, num_columns, row_stride, blocks, partial, H, stream);
+}
+
+int64_t sketch_runs_needed(int64_t num_buckets, int64_t n, int num_multiprocessors) {
+  const int64_t blocks = (n + num_buckets - 1) / num_buckets;
+  const int64_t full = int64_t{2048} * num_multiprocessors;  // threads that fill the device
+  const int64_t wanted = (full + num_buckets - 1) / num_buckets;
+  return std::clamp<int64_t>(std::min(wanted, blocks), 1, kMaxRuns);
+}
+
+cudaError_t add_sketch(float* row, int64_t num_buckets, const float* g, int64_t n, uint64_t key,
+                       int64_t runs, float* partial, cudaStream_t stream) {
+  return launch_sketch(row, num_buckets, g, n, key, runs, partial, stream);
+}
+
+cudaError_t add_sketch(float* row, int64_t num_buckets, const BFloat16Bits* g, int64_t n,
+                       uint64_t key, int64_t runs, float* partial, cudaStream_t stream) {
+  return launch_sketch(row, num_buckets, g, n, key, runs, partial, stream);
 }
 
 cudaError_t accumulate_growth(float* row, const float* main_grad, float* seen, int64_t n,

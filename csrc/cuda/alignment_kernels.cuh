@@ -27,6 +27,25 @@ cudaError_t domain_alignment(const BFloat16Bits* G, int64_t num_rows, int64_t nu
                              int64_t row_stride, int64_t blocks, double* partial, double* W,
                              double* sq_norm, cudaStream_t stream);
 
+// Blocks to launch gram with. The caller provides `partial`: [blocks, gram_partial_size] doubles.
+int64_t gram_blocks(int64_t num_columns);
+int64_t gram_partial_size(int64_t num_rows);
+
+// H[i, j] = <G_i, G_j> in double, [num_rows, num_rows].
+cudaError_t gram(const float* G, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+                 int64_t blocks, double* partial, double* H, cudaStream_t stream);
+cudaError_t gram(const BFloat16Bits* G, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+                 int64_t blocks, double* partial, double* H, cudaStream_t stream);
+
+// Runs to launch add_sketch with. The caller provides `partial`: [runs, num_buckets] floats.
+int64_t sketch_runs_needed(int64_t num_buckets, int64_t n, int num_multiprocessors);
+
+// Adds the sketch of the n numbers of g to a row of num_buckets, a multiple of 64 below 2^31.
+cudaError_t add_sketch(float* row, int64_t num_buckets, const float* g, int64_t n, uint64_t key,
+                       int64_t runs, float* partial, cudaStream_t stream);
+cudaError_t add_sketch(float* row, int64_t num_buckets, const BFloat16Bits* g, int64_t n,
+                       uint64_t key, int64_t runs, float* partial, cudaStream_t stream);
+
 // row += main_grad - seen; seen = main_grad; over n elements.
 cudaError_t accumulate_growth(float* row, const float* main_grad, float* seen, int64_t n,
                               int num_multiprocessors, cudaStream_t stream);

@@ -45,6 +45,46 @@ std::tuple<at::Tensor, at::Tensor> domain_alignment_op(const at::Tensor& input) 
   return {W, sq_norm};
 }
 
+at::Tensor gram_op(const at::Tensor& input) {
+  check_alignment_input(input);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const at::Tensor G = with_unit_stride(input);
+  const int64_t num_rows = G.size(0), blocks = gram_blocks(G.size(1));
+  const auto options = G.options().dtype(at::kDouble);
+  at::Tensor H = at::empty({num_rows, num_rows}, options);
+  at::Tensor partial = at::empty({blocks, gram_partial_size(num_rows)}, options);
+  const auto launch = [&](auto* data) {
+    C10_CUDA_CHECK(gram(data, num_rows, G.size(1), G.stride(0), blocks,
+                        partial.mutable_data_ptr<double>(), H.mutable_data_ptr<double>(),
+                        c10::cuda::getCurrentCUDAStream()));
+  };
+  if (G.scalar_type() == at::kFloat) {
+    launch(G.const_data_ptr<float>());
+  } else {
+    launch(static_cast<const BFloat16Bits*>(G.const_data_ptr()));
+  }
+  return H;
+}
+
+void add_sketch_op(at::Tensor& row, const at::Tensor& grad, int64_t key) {
+  check_sketch_inputs(row, grad);
+  const c10::cuda::CUDAGuard guard(row.device());
+  const at::Tensor flat = grad.contiguous();
+  const int64_t num_buckets = row.numel(), n = flat.numel();
+  const int64_t runs = sketch_runs_needed(num_buckets, n, num_multiprocessors(row));
+  at::Tensor partial = at::empty({runs, num_buckets}, row.options());
+  const auto launch = [&](auto* data) {
+    C10_CUDA_CHECK(add_sketch(row.mutable_data_ptr<float>(), num_buckets, data, n,
+                              static_cast<uint64_t>(key), runs, partial.mutable_data_ptr<float>(),
+                              c10::cuda::getCurrentCUDAStream()));
+  };
+  if (flat.scalar_type() == at::kFloat) {
+    launch(flat.const_data_ptr<float>());
+  } else {
+    launch(static_cast<const BFloat16Bits*>(flat.const_data_ptr()));
+  }
+}
+
 void accumulate_domain_grad_op(at::Tensor& row, const at::Tensor& main_grad, at::Tensor& seen) {
   check_growth_inputs(row, main_grad, seen);
   const c10::cuda::CUDAGuard guard(row.device());
@@ -64,6 +104,8 @@ void accumulate_domain_grad_op(at::Tensor& row, const at::Tensor& main_grad, at:
 
 TORCH_LIBRARY_IMPL(megatron_acodm, CUDA, library) {
   library.impl("domain_alignment", &domain_alignment_op);
+  library.impl("gram", &gram_op);
+  library.impl("add_sketch_", &add_sketch_op);
   library.impl("accumulate_domain_grad_", &accumulate_domain_grad_op);
 }
 

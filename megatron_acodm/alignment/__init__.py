@@ -2,13 +2,17 @@
 
 from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator, build_estimator
 from megatron_acodm.alignment.exact import ExactEstimator
+from megatron_acodm.alignment.sampled import SampledEstimator
 from megatron_acodm.alignment.scores import mean_gradient_scores
 from megatron_acodm.alignment.selection import layers_at_depths, probe_layers
+from megatron_acodm.alignment.sketch import SketchEstimator
 
 __all__ = [
     "ESTIMATORS",
     "Estimator",
     "ExactEstimator",
+    "SampledEstimator",
+    "SketchEstimator",
     "build_estimator",
     "layers_at_depths",
     "mean_gradient_scores",

@@ -28,17 +28,19 @@ class Estimator(ABC):
     Each subclass decides what a row is: any linear function of the gradient.
 
     Args:
+        numels: size of each selected parameter that this rank contributes; may be empty.
         num_domains: K, 1 to 256.
         row_length: numbers that stand for a domain's gradient on this rank; may be 0.
         num_extra: further numbers per step that travel in the same reduction.
         device: where the numbers live.
 
     Raises:
-        ValueError: ``num_domains`` is out of range, or a count is negative.
+        ValueError: ``num_domains`` is out of range, or a size or count is negative.
     """
 
     def __init__(
         self,
+        numels: Sequence[int],
         num_domains: int,
         row_length: int,
         num_extra: int,
@@ -48,11 +50,13 @@ class Estimator(ABC):
             raise ValueError(
                 f"there are {num_domains} domains; alignment is measured between 1 to {MAX_DOMAINS}"
             )
-        if row_length < 0 or num_extra < 0:
+        if min(row_length, num_extra, *numels) < 0:
             raise ValueError(
-                f"row_length is {row_length} and num_extra {num_extra}; neither may be negative"
+                f"the selected parameters have {list(numels)} numbers, row_length is {row_length} "
+                f"and num_extra {num_extra}; none may be negative"
             )
         self.num_domains = num_domains
+        self._numels = list(numels)
         size = num_domains * row_length
         self._packed = torch.zeros(size + num_extra, dtype=torch.float32, device=device)
         self._rows = self._packed[:size].view(num_domains, row_length)
@@ -107,6 +111,19 @@ class Estimator(ABC):
         self._settle()
         return self._packed
 
+    def _check(self, index: int, domain: int, grad: Tensor) -> None:
+        if not 0 <= domain < self.num_domains:
+            raise ValueError(f"domain {domain} of a micro-batch is not in [0, {self.num_domains})")
+        self._check_size(index, grad, self._numels)
+
+    @staticmethod
+    def _check_size(index: int, grad: Tensor, numels: Sequence[int]) -> None:
+        if grad.numel() != numels[index]:
+            raise ValueError(
+                f"the gradient of selected parameter {index} holds {grad.numel()} numbers, the "
+                f"parameter {numels[index]}"
+            )
+
     @property
     def packed_bytes(self) -> int:
         """Bytes that a rank puts into the reduction over DP×CP, per step."""
@@ -125,8 +142,12 @@ class Estimator(ABC):
         return domain_alignment(self.rows)
 
 
-ESTIMATORS: dict[str, Callable[[Sequence[int], int, int, torch.device | str], Estimator]] = {}
-"""Estimators by the name that ``alignment.estimator`` gives them."""
+EstimatorBuilder = Callable[
+    [AlignmentConfig, Sequence[int], int, int, torch.device | str], Estimator
+]
+
+ESTIMATORS: dict[str, EstimatorBuilder] = {}
+"""What builds an estimator, by the name that ``alignment.estimator`` gives it."""
 
 
 def build_estimator(
@@ -139,7 +160,7 @@ def build_estimator(
     """The estimator that a config names.
 
     Args:
-        config: names the estimator.
+        config: names the estimator and says how large it is.
         numels: size of each selected parameter whose gradient this rank contributes. Empty on a
             rank that holds none, say a pipeline stage without a selected layer.
         num_domains: K.
@@ -154,4 +175,4 @@ def build_estimator(
             f"alignment.estimator is {config.estimator!r}; the estimators are "
             f"{', '.join(sorted(ESTIMATORS))}"
         )
-    return ESTIMATORS[config.estimator](numels, num_domains, num_extra, device)
+    return ESTIMATORS[config.estimator](config, numels, num_domains, num_extra, device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator
+from megatron_acodm.alignment.estimator import Estimator
 from megatron_acodm.ops import accumulate_domain_grad_
 
 _CACHE_LINE = 16  # float32 numbers in 64 bytes
@@ -42,22 +42,19 @@ class ExactEstimator(Estimator):
     ) -> None:
         starts, lines = [], 0
         for numel in numels:
-            if numel < 0:
-                raise ValueError(f"a parameter of {numel} numbers was selected; sizes are >= 0")
             starts.append(lines * _CACHE_LINE)
             lines += -(-numel // _CACHE_LINE)
         if lines % 2 == 0 and lines > 0:
             lines += 1
-        super().__init__(num_domains, lines * _CACHE_LINE, num_extra, device)
-        self._numels = list(numels)
+        super().__init__(numels, num_domains, lines * _CACHE_LINE, num_extra, device)
         # [parameter][domain]: where a parameter's gradient of a domain is summed, and whether
         # what is there belongs to this step.
         self._targets = [
             list(self._rows[:, start : start + numel])
             for start, numel in zip(starts, numels, strict=True)
         ]
-        self._current = [[True] * num_domains for _ in self._numels]
-        self._seen: list[Tensor | None] = [None] * len(self._numels)
+        self._current = [[True] * num_domains for _ in numels]
+        self._seen: list[Tensor | None] = [None] * len(numels)
 
     def begin_step(self) -> None:
         """Forget the last step, with what was seen of each ``main_grad``."""
@@ -95,15 +92,3 @@ class ExactEstimator(Estimator):
                 if not current[domain]:
                     targets[domain].zero_()
                     current[domain] = True
-
-    def _check(self, index: int, domain: int, grad: Tensor) -> None:
-        if not 0 <= domain < self.num_domains:
-            raise ValueError(f"domain {domain} of a micro-batch is not in [0, {self.num_domains})")
-        if grad.numel() != self._numels[index]:
-            raise ValueError(
-                f"the gradient of selected parameter {index} holds {grad.numel()} numbers, the "
-                f"parameter {self._numels[index]}"
-            )
-
-
-ESTIMATORS["exact"] = ExactEstimator

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_acodm.alignment.selection import layers_at_depths, probe_layers
 from megatron_acodm.config import AlignmentConfig
@@ -24,9 +27,9 @@ _PROBE_ROWS = 64
 
 @dataclass(frozen=True)
 class SelectedParameter:
-    """A weight of one transformer layer that this rank holds (a shard of)."""
+    """A parameter of one transformer layer that this rank holds (a shard of)."""
 
-    name: str
+    name: str  # Megatron's, with the layer's number in the whole model
     parameter: Any  # torch.nn.Parameter with the attributes that Megatron's DDP adds
 
 
@@ -97,13 +100,76 @@ def _weight(layer: torch.nn.Module, number: int, kind: str) -> torch.nn.Paramete
 def select_parameters(
     model_chunks: Sequence[torch.nn.Module], num_layers: int, config: AlignmentConfig
 ) -> list[SelectedParameter]:
-    """The weights at the configured depths that live on this rank (may be none under PP)."""
+    """The parameters to compare whose gradients this rank contributes (may be none under PP).
+
+    With ``config.parameters`` it is collective over the pipeline stages.
+
+    Raises:
+        ValueError: a layer has no such weight, or a pattern matches no parameter of any stage.
+    """
     layers = _layers(model_chunks)
+    if config.parameters is not None:
+        return _match(layers, config.parameters)
+    name = ".".join(_WEIGHT_OF_KIND[config.kind])
     return [
-        SelectedParameter(f"decoder.layers.{n}.{config.kind}", _weight(layers[n], n, config.kind))
+        SelectedParameter(
+            f"decoder.layers.{n - 1}.{name}.weight", _weight(layers[n], n, config.kind)
+        )
         for n in layers_at_depths(config.depths, num_layers)
         if n in layers
     ]
+
+
+def _match(layers: dict[int, torch.nn.Module], patterns: Sequence[str]) -> list[SelectedParameter]:
+    """The parameters of these layers whose names match one of the patterns."""
+    from megatron.core import parallel_state
+
+    found = [
+        SelectedParameter(f"decoder.layers.{n - 1}.{name}", parameter)
+        for n, layer in sorted(layers.items())
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    ]
+    stages: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(
+        stages,
+        [selected.name for selected in found],
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    names = [name for stage in stages for name in stage]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            kinds = dict.fromkeys(re.sub(r"layers\.\d+\.", "layers.N.", name) for name in names)
+            raise ValueError(
+                f"alignment.parameters: {pattern!r} matches no parameter; with N from 0 to "
+                f"{max(map(_layer_index, names), default=0)} there are {', '.join(kinds)}"
+            )
+    wanted = [s for s in found if any(fnmatch.fnmatchcase(s.name, p) for p in patterns)]
+    return [selected for selected in wanted if _is_contributed(selected)]
+
+
+def _layer_index(name: str) -> int:
+    return int(name.split(".")[2])
+
+
+def _is_contributed(selected: SelectedParameter) -> bool:
+    """Whether this rank contributes the gradient: of tensor-parallel copies, the first alone.
+
+    Raises:
+        ValueError: no rank holds the whole gradient.
+    """
+    from megatron.core import parallel_state
+
+    if parallel_state.get_tensor_model_parallel_world_size() == 1 or getattr(
+        selected.parameter, "tensor_model_parallel", False
+    ):
+        return True
+    if getattr(selected.parameter, "sequence_parallel", False):
+        raise ValueError(
+            f"alignment.parameters selects {selected.name}, whose gradient is spread over the "
+            "tensor-parallel ranks under sequence parallelism; select weights of linear layers"
+        )
+    return parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def make_probes(
