@@ -13,6 +13,7 @@ from megatron_acodm.megatron.indexed import token_dtype
 from megatron_acodm.megatron.tokenizer import build_tokenizer
 from megatron_acodm.preprocess.manifest import SkippedLine
 from megatron_acodm.preprocess.reader import Chunk
+from megatron_acodm.preprocess.text_encoder import build_text_encoder
 
 MAX_LISTED_LINES = 1000
 """Malformed lines that are listed; all are counted."""
@@ -70,10 +71,11 @@ class ChunkEncoder:
     ) -> None:
         # The workers are the parallelism; each tokenizer starting threads would only add to it.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._type = tokenizer_type
-        self._tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, vocab_size)
-        self._eod, self._vocab_size = self._tokenizer.eod, self._tokenizer.vocab_size
-        self._dtype = token_dtype(self._vocab_size)
+        tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, vocab_size)
+        dtype = token_dtype(tokenizer.vocab_size)
+        self._text_encoder = build_text_encoder(tokenizer, tokenizer_type, dtype)
+        self._none = np.array([], dtype=dtype)
+        self._eod = np.array([tokenizer.eod], dtype=dtype)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         """Encode a chunk's lines; blank lines hold no record and are passed over."""
@@ -92,12 +94,12 @@ class ChunkEncoder:
                     bad_lines.append(SkippedLine(chunk.input, number, str(error)[:_MAX_REASON]))
                 continue
             documents = domains.setdefault(domain, _Documents())
-            documents.tokens.append(ids)
-            documents.lengths.append(len(ids))
+            documents.tokens += (ids, self._eod) if len(ids) else ()
+            documents.lengths.append(len(ids) + (len(ids) > 0))
             documents.bytes += size
         parts = {
             name: DomainTokens(
-                np.concatenate(documents.tokens),
+                np.concatenate((self._none, *documents.tokens)),
                 np.array(documents.lengths, dtype=np.int32),
                 documents.bytes,
             )
@@ -106,22 +108,15 @@ class ChunkEncoder:
         return EncodedChunk(chunk.input_bytes, parts, bad_count, bad_lines)
 
     def _encode(self, text: str) -> tuple[np.ndarray, int]:
-        """Return a document's ids and the bytes of its text."""
+        """Return the ids of a document's text, without EOD, and its bytes."""
         try:
             size = len(text.encode("utf-8"))
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"'text' has half a surrogate pair at character {error.start + 1}, which is no text"
             ) from error
-        try:
-            ids = self._tokenizer.tokenize(text) if text else []
-            array = np.array([*ids, self._eod] if ids else [], dtype=np.int64)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{self._type} cannot read 'text': {error}") from error
-        # The null tokenizer takes its ids from the text, where anything may be written.
-        if ids and (array.min() < 0 or array.max() >= self._vocab_size):
-            raise ValueError(f"'text' has ids outside [0, {self._vocab_size})")
-        return array.astype(self._dtype), size
+        ids = self._text_encoder(text) if text else self._none
+        return ids, size
 
 
 def parse_record(line: bytes) -> tuple[str, str]:
