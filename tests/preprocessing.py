@@ -17,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.preprocess.pipeline import PreprocessOptions, preprocess
+from megatron_acodm.preprocess.shard import shard_key
 from megatron_acodm.preprocess.workspace import FOLDER_NAME
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "preprocess_pile.py"
@@ -93,6 +94,11 @@ def published(folder: Path) -> dict[str, bytes]:
     """What ``contents`` finds under final names."""
     found = contents(folder)
     return {name: data for name, data in found.items() if not name.startswith(FOLDER_NAME)}
+
+
+def shard_folder(output: Path, name: str) -> Path:
+    """Where an unfinished corpus has the shard of an input."""
+    return output / FOLDER_NAME / "shards" / shard_key(Path(name).absolute())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

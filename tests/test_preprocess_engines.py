@@ -16,7 +16,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from preprocessing import BYTE_FLAGS, TOOL, contents, load_main, make_texts, record, records, write
+from preprocessing import (
+    BYTE_FLAGS,
+    TOOL,
+    contents,
+    load_main,
+    make_texts,
+    record,
+    records,
+    shard_folder,
+    write,
+)
 
 from megatron_acodm.preprocess.workspace import FOLDER_NAME, Workspace
 
@@ -81,7 +91,8 @@ def test_parts_hold_every_input_once(
         counts += re.findall(r"--shard \d/3: (\d) inputs are done", capsys.readouterr().out)
     assert counts == ["1", "2", "2"]
     shards = (tmp_path / "out" / FOLDER_NAME / "shards").glob("*/shard.json")
-    assert sorted(path.parent.name for path in shards) == [f"{n:06d}" for n in range(5)]
+    expected = {shard_folder(tmp_path / "out", name) for name in flags[1:6]}
+    assert {path.parent for path in shards} == expected
 
 
 def test_a_merge_names_the_inputs_that_are_missing(
@@ -115,7 +126,8 @@ def test_only_one_run_is_at_a_shard_and_none_beside_a_merge(
         return process.exitcode
 
     with Workspace(tmp_path / "out", shared=True) as workspace:
-        assert workspace.lock_shard(0)
+        keys = [shard_folder(tmp_path / "out", name).name for name in flags[1:3]]
+        assert workspace.lock_shards(keys[:1]) is None
         assert attempt("--shard", "0/5") == 1
         assert attempt("--shard", "1/5") == 0
         assert attempt("--merge") == 1
@@ -154,10 +166,13 @@ needs_ray = pytest.mark.skipif(
 )
 
 
-def start_on_ray(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    """Start the tool on a Ray of its own, on this machine."""
+def start_on_ray(
+    arguments: list[str], folder: Path, address: str | None = None
+) -> subprocess.Popen[str]:
+    """Start the tool on a Ray of its own, on this machine, or on the one at an address."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_ADDRESS": address} if address else {}
     return subprocess.Popen(
         [sys.executable, str(TOOL), *arguments, "--engine", "ray"],
         env=environment,
@@ -180,17 +195,23 @@ def short_path() -> Iterator[Path]:
 def test_a_worker_that_is_lost_on_ray_is_replaced_and_the_files_are_those_of_one_run(
     tmp_path: Path, short_path: Path
 ) -> None:
-    lines = records(make_texts()) * 25
+    lines = records(make_texts()) * 250  # long enough to be met at work
     inputs = [write(tmp_path / f"{n}.jsonl", lines[n::4]) for n in range(4)]
     flags = ["--input", *inputs, "--tokenizer-type", "ByteLevelTokenizer", "--workers", "1"]
     process = start_on_ray([*flags, "--output-dir", str(tmp_path / "ray")], short_path)
     try:
-        victim = wait_for_task(process, tmp_path / "ray" / FOLDER_NAME / "shards")
-        victim.kill()
+        shards = tmp_path / "ray" / FOLDER_NAME / "shards"
+        wait_for_task(process, shards).kill()
+        begun = set[str]()
+        while process.poll() is None:
+            begun |= {path.name for path in shards.glob("*.*")}
+            time.sleep(0.002)
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, output
+    keys = [name.partition(".")[0] for name in begun]
+    assert max(map(keys.count, keys)) >= 2, "no input was begun twice"
     assert main([*flags, "--output-dir", str(tmp_path / "out")]) == 0
     assert contents(tmp_path / "ray") == contents(tmp_path / "out")
 
@@ -223,6 +244,50 @@ def test_a_malformed_line_on_ray_is_the_error_that_it_is_anywhere(
     error = re.escape(f"error: {inputs[1]}, line 2: not JSON")
     assert re.search(f"^{error}", output, re.MULTILINE)
     assert "Traceback" not in output
+
+
+@needs_ray
+def test_a_cluster_must_have_the_cpus_and_a_stopped_run_says_so(
+    tmp_path: Path, short_path: Path
+) -> None:
+    long = write(tmp_path / "long.jsonl", records(make_texts()) * 500)
+    flags = ["--input", long, "--output-dir", str(tmp_path / "out"), *BYTE_FLAGS]
+    with one_cpu_cluster(short_path) as address:
+        process = start_on_ray(flags, short_path, address)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1
+        expected = "error: --workers is 2, .* no node of the cluster has more than 1;"
+        assert re.search(f"^{expected} lower --workers", output, re.MULTILINE)
+        process = start_on_ray([*flags, "--workers", "1"], short_path, address)
+        shards = tmp_path / "out" / FOLDER_NAME / "shards"
+        deadline = time.monotonic() + 60
+        while not list(shards.glob("*.*/00000.bin")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 143, output
+        assert output.endswith("terminated\n")
+
+
+@contextlib.contextmanager
+def one_cpu_cluster(folder: Path) -> Iterator[str]:
+    """A Ray cluster of one CPU; its address."""
+    code = (
+        "import ray, sys; from ray.cluster_utils import Cluster\n"
+        "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})\n"
+        "print('address', cluster.address, flush=True)\n"
+        "sys.stdin.read(); cluster.shutdown()\n"
+    )
+    environment = os.environ | {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True, **pipes
+    ) as cluster:
+        assert cluster.stdout is not None
+        yield next(line.split()[1] for line in cluster.stdout if line.startswith("address "))
+        cluster.communicate()
 
 
 def test_without_ray_the_extra_is_named(

@@ -27,7 +27,7 @@ from preprocessing import (
     write,
 )
 
-from megatron_acodm.preprocess import build, encoder, reader
+from megatron_acodm.preprocess import encoder, reader, shard
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.preprocess.pool import WorkerDied
 from megatron_acodm.preprocess.workspace import FOLDER_NAME
@@ -164,7 +164,7 @@ class KilledEncoder(encoder.ChunkEncoder):
 def test_a_killed_worker_ends_the_run_with_an_error(
     texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "ChunkEncoder", KilledEncoder)
+    monkeypatch.setattr(shard, "ChunkEncoder", KilledEncoder)
     source = write(tmp_path / "a.jsonl", records(texts))
     with pytest.raises(WorkerDied, match="was killed by SIGKILL; .* lower --workers"):
         run(source, tmp_path / "out", workers=2)
@@ -200,7 +200,7 @@ def is_running(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def long_input(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Enough text that a run is still at work when it is interrupted."""
-    return write(tmp_path_factory.mktemp("long") / "a.jsonl.zst", records(texts) * 60)
+    return write(tmp_path_factory.mktemp("long") / "a.jsonl.zst", records(texts) * 300)
 
 
 def test_a_killed_run_leaves_no_workers_and_the_same_command_succeeds_afterwards(

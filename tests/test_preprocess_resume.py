@@ -28,6 +28,7 @@ from preprocessing import (
     published,
     record,
     records,
+    shard_folder,
     write,
 )
 from tiny_tokenizer import train_sentencepiece
@@ -36,6 +37,7 @@ from megatron_acodm.megatron.indexed import IndexCounts, read_index_counts
 from megatron_acodm.preprocess import shard
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.preprocess.merge import DatasetMerge, Part
+from megatron_acodm.preprocess.reader import InputFile
 from megatron_acodm.preprocess.workspace import FOLDER_NAME
 
 main = load_main()
@@ -90,9 +92,12 @@ def in_a_group_of_its_own(work: Callable[[], int]) -> int:
     return process.exitcode
 
 
-def run_until_step(arguments: list[str], last: int) -> int:
-    """Run the tool, and kill it and its workers at its ``last``-th durable step, if it has that."""
-    count = multiprocessing.get_context("fork").Value("i", 0)
+def run_until_step(arguments: list[str], last: int, count: Any = None) -> int:
+    """Run the tool, and kill it and its workers at its ``last``-th durable step, if it has that.
+
+    ``count``, a shared integer, receives the steps.
+    """
+    count = count or multiprocessing.get_context("fork").Value("i", 0)
 
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def step(*args: Any, **options: Any) -> Any:
@@ -135,24 +140,42 @@ def run_again(arguments: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) 
     before, built = finished(out), []
 
     class SpiedWriter(shard.ShardWriter):
-        def __init__(self, shards: Path, index: int, *rest: Any) -> None:
-            built.append(f"{index:06d}")
-            super().__init__(shards, index, *rest)
+        def __init__(self, shards: Path, item: InputFile, *rest: Any) -> None:
+            built.append(shard.shard_key(item.path))
+            super().__init__(shards, item, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_acodm.preprocess.build.ShardWriter", SpiedWriter)
+        patch.setattr("megatron_acodm.preprocess.shard.ShardWriter", SpiedWriter)
         assert main(arguments) == 0
     assert not before & set(built)
     assert not (out / FOLDER_NAME).exists()
 
 
-# A run has about 170 durable steps; these are spread over all of them.
-STEPS = [random.Random(n).randrange(12 * n + 1, 12 * n + 13) for n in range(14)]
+STRETCHES = 15
+"""Of a run, of which each is killed in, the last one at its last step."""
 
 
-@pytest.mark.parametrize("step", STEPS)
+def step_in(stretch: int, count: int) -> int:
+    """A step in a stretch of a run of ``count`` steps."""
+    if stretch == STRETCHES - 1:
+        return count
+    bounds = [number * count // STRETCHES for number in (stretch, stretch + 1)]
+    return random.Random(stretch).randrange(bounds[0] + 1, bounds[1] + 1)
+
+
+@pytest.fixture(scope="module")
+def steps(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Durable steps of a run."""
+    arguments = [*flags, "--output-dir", str(tmp_path_factory.mktemp("counted") / "out")]
+    count = multiprocessing.get_context("fork").Value("i", 0)
+    assert run_until_step(arguments, -1, count) == 0
+    return count.value
+
+
+@pytest.mark.parametrize("stretch", range(STRETCHES))
 def test_a_run_killed_at_any_step_is_finished_by_the_same_command(
-    step: int,
+    stretch: int,
+    steps: int,
     flags: list[str],
     undisturbed: dict[str, bytes],
     tmp_path: Path,
@@ -160,6 +183,7 @@ def test_a_run_killed_at_any_step_is_finished_by_the_same_command(
 ) -> None:
     out = tmp_path / "out"
     arguments = [*flags, "--output-dir", str(out)]
+    step = step_in(stretch, steps)
     code = run_until_step(arguments, step)
     print(f"step {step}: exit code {code}, {len(finished(out))} shards")
     assert code in (-signal.SIGKILL, 0)
@@ -168,9 +192,10 @@ def test_a_run_killed_at_any_step_is_finished_by_the_same_command(
     assert contents(out) == undisturbed
 
 
-@pytest.mark.parametrize("step", STEPS[::2])
+@pytest.mark.parametrize("stretch", range(0, STRETCHES, 2))
 def test_an_overwriting_run_killed_at_any_step_leaves_the_old_corpus_or_ends_as_the_new(
-    step: int,
+    stretch: int,
+    steps: int,
     flags: list[str],
     undisturbed: dict[str, bytes],
     tmp_path: Path,
@@ -181,9 +206,9 @@ def test_an_overwriting_run_killed_at_any_step_leaves_the_old_corpus_or_ends_as_
     assert main(["--input", old, "--output-dir", str(out), *BYTE_FLAGS]) == 0
     before = contents(out)
     arguments = [*flags, "--output-dir", str(out), "--overwrite"]
-    run_until_step(arguments, step)
-    if not (out / FOLDER_NAME / "manifest.json").exists() and finished(out):
-        assert published(out) == before
+    run_until_step(arguments, step_in(stretch, steps))
+    is_recorded = (out / FOLDER_NAME / "manifest.json").exists()
+    assert is_recorded or published(out) in (before, undisturbed)
     run_again(arguments, out, monkeypatch)
     assert contents(out) == undisturbed
 
@@ -245,7 +270,8 @@ def interrupted(
     with changed(inputs[3]) as broken:
         broken.write_bytes(broken.read_bytes()[:-1])
         assert main([*flags, "--output-dir", str(tmp_path / "out")]) == 1
-    assert finished(tmp_path / "out") == {"000000", "000001", "000002"}
+    done = {shard_folder(tmp_path / "out", name).name for name in inputs[:3]}
+    assert finished(tmp_path / "out") == done
     return tmp_path / "out"
 
 
@@ -268,7 +294,7 @@ def test_a_finished_input_that_changes_is_read_again(
         assert main([*flags, "--output-dir", str(interrupted)]) == 0
     error = capsys.readouterr().err
     assert "2 of 5 inputs are done already" in error
-    assert f"{inputs[1]}: what was done is of another input, tokenizer or version" in error
+    assert f"{inputs[1]}: what is done was made before the file was changed" in error
     assert "Nothing" in [domain.name for domain in Manifest.load(interrupted).domains]
 
 
@@ -286,15 +312,17 @@ def test_another_tokenizer_uses_nothing_of_what_is_done(
 ) -> None:
     arguments = ["--input", *inputs, "--output-dir", str(interrupted), *BYTE_FLAGS]
     assert main(arguments) == 0
-    assert "done already" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "done already" not in error
+    assert f"{inputs[0]}: what is done was made with another tokenizer" in error
     assert documents(Manifest.load(interrupted).domains[1].prefix) == [[ord("b"), 256]]
 
 
 def test_a_damaged_shard_is_built_again(
-    interrupted: Path, flags: list[str], undisturbed: dict[str, bytes]
+    interrupted: Path, flags: list[str], inputs: list[str], undisturbed: dict[str, bytes]
 ) -> None:
-    (interrupted / FOLDER_NAME / "shards/000000/00001.lengths").write_bytes(b"")
-    (interrupted / FOLDER_NAME / "shards/000001/shard.json").write_text("{")
+    (shard_folder(interrupted, inputs[0]) / "00001.lengths").write_bytes(b"")
+    (shard_folder(interrupted, inputs[1]) / "shard.json").write_text("{")
     assert main([*flags, "--output-dir", str(interrupted)]) == 0
     assert published(interrupted).keys() == undisturbed.keys()
 
@@ -320,17 +348,37 @@ def test_lines_that_were_skipped_are_refused_without_the_flag(
 
 
 def test_a_merge_that_was_cut_short_is_not_mixed_with_other_inputs(
-    flags: list[str], inputs: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+    flags: list[str],
+    inputs: list[str],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     arguments = [*flags, "--output-dir", str(out)]
     run_until_exists(out / FOLDER_NAME / "merging", arguments, out)
     without_last = [flag for flag in arguments if flag != inputs[4]]
-    for changed in (without_last, [*arguments, "--shard", "0/2"]):
+    turned = [*arguments[:1], *arguments[2:6], inputs[0], *arguments[6:]]
+    for other, message in (
+        (without_last, f"its input 5 was {inputs[4]}, not none"),
+        (turned, f"its input 1 was {inputs[0]}, not {inputs[1]}"),
+        (
+            ["--input", *inputs, *arguments[-2:], *BYTE_FLAGS],
+            f"{inputs[0]} was made with another tokenizer",
+        ),
+        ([*arguments, "--shard", "0/2"], "run its command again (with --merge, or"),
+    ):
         before = contents(out)
-        assert main(changed) == 1
+        capsys.readouterr()
+        assert main(other) == 1
+        assert message in capsys.readouterr().err
         after = contents(out)
         assert {n: d for n, d in before.items() if "/tokenizer." not in n} == after
+    with changed(inputs[3]) as path:
+        write(path, [record("changed")])
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert f"what it has of {inputs[3]} was made before the file was changed" in error
     assert main([*arguments, "--merge"]) == 0
     assert contents(out) == undisturbed
 

@@ -50,6 +50,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, in which things may be changed."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(made), str(tmp_path)))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "out"
 

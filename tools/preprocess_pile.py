@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from megatron_acodm.megatron.tokenizer import TOKENIZER_TYPES
 from megatron_acodm.preprocess.manifest import MANIFEST_NAME, Manifest
 from megatron_acodm.preprocess.pool import WorkerDied
+from megatron_acodm.preprocess.progress import say
 
 _PRINTED_LINES = 10
 
@@ -56,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the corpus in --output-dir, once the new one is complete",
+        help="replace another corpus in --output-dir, once the new one is complete; one that is "
+        "already as this command would make it is left alone (to make it anew, delete its "
+        "manifest.json)",
     )
     parser.add_argument(
         "--engine",
@@ -107,23 +111,45 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     options = _parse(arguments)
     # Megatron warns on import about packages that only a GPU run uses.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
     # The batch system's way to stop a job: clean up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return _verify(options) if options["verify"] else _run(options)
     except (ValueError, WorkerDied) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     except OSError as error:
         place = error.filename or options["output_dir"]
-        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
+        say(f"error: {place}: {error.strerror or error}")
         return 1
+    except _Terminated:
+        say("terminated")
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 128 + signal.SIGINT
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _show(lines: list[str]) -> None:
+    """Print the result of what is done, which stands even if no one reads this."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(options: dict[str, Any]) -> int:
@@ -143,15 +169,17 @@ def _run(options: dict[str, Any]) -> int:
         done = "the corpus is complete already"
         if count is not None:
             done = f"{count} inputs are done; run --merge when all parts are"
-        print(f"--shard {shard[0]}/{shard[1]}: {done}")
+        _show([f"--shard {shard[0]}/{shard[1]}: {done}"])
         return 0
     outcome = merge_parts(parsed) if merge else preprocess(parsed)
     manifest_file = parsed.output_dir / MANIFEST_NAME
-    _print_summary(outcome.manifest)
     if outcome.is_new:
-        print(f"wrote {manifest_file} and its datasets in {time.monotonic() - start:.1f} s")
+        end = f"wrote {manifest_file} and its datasets in {time.monotonic() - start:.1f} s"
     else:
-        print(f"{manifest_file} and its datasets were complete already; nothing was done")
+        end = f"{manifest_file} and its datasets were complete already; nothing was done"
+        if parsed.overwrite:
+            end += " (to make them anew, delete that file)"
+    _show([*_summary(outcome.manifest), end])
     return 0
 
 
@@ -160,42 +188,45 @@ def _verify(options: dict[str, Any]) -> int:
 
     start = time.monotonic()
     found = verify(options["output_dir"], options["workers"])
-    for name in found.unread_inputs:
-        print(f"not compared: {name} is no longer there")
-    for difference in found.differences:
-        print(f"differs: {difference}")
+    lines = [f"not compared: {reason}" for reason in found.unread_inputs]
+    lines += [f"differs: {difference}" for difference in found.differences]
     if found.differences:
-        print(f"error: {len(found.differences)} differences from the manifest", file=sys.stderr)
+        _show(lines)
+        say(f"error: {len(found.differences)} differences from the manifest")
         return 1
     domains = found.manifest.domains
-    print(
+    lines.append(
         f"{sum(d.tokens for d in domains):,} tokens of {sum(d.documents for d in domains):,} "
         f"documents in {len(domains)} domains are as they were made "
         f"({time.monotonic() - start:.1f} s)"
     )
+    _show(lines)
     return 0
 
 
-def _print_summary(manifest: Manifest) -> None:
+def _summary(manifest: Manifest) -> list[str]:
     width = max(len("domain"), *(len(domain.name) for domain in manifest.domains))
-    print(f"{'domain':{width}} {'documents':>12} {'tokens':>16} {'MB of text':>12}")
+    lines = [f"{'domain':{width}} {'documents':>12} {'tokens':>16} {'MB of text':>12}"]
     for domain in manifest.domains:
-        print(
+        lines.append(
             f"{domain.name:{width}} {domain.documents:12,} {domain.tokens:16,} "
             f"{domain.bytes / 1e6:12,.1f}"
         )
     documents = sum(domain.documents for domain in manifest.domains)
     size = sum(domain.bytes for domain in manifest.domains) / 1e6
     tokens = sum(domain.tokens for domain in manifest.domains)
-    print(f"{'total':{width}} {documents:12,} {tokens:16,} {size:12,.1f}")
+    lines.append(f"{'total':{width}} {documents:12,} {tokens:16,} {size:12,.1f}")
     for name, count in manifest.empty_domains.items():
-        print(f"left out: domain {name!r}, whose {count:,} documents are all empty")
+        lines.append(f"left out: domain {name!r}, whose {count:,} documents are all empty")
     if manifest.skipped_count:
-        print(f"skipped {manifest.skipped_count:,} malformed lines, listed in manifest.json:")
+        lines.append(
+            f"skipped {manifest.skipped_count:,} malformed lines, listed in manifest.json:"
+        )
         for bad in manifest.skipped_lines[:_PRINTED_LINES]:
-            print(f"  {bad.input}, line {bad.line}: {bad.reason}")
+            lines.append(f"  {bad.input}, line {bad.line}: {bad.reason}")
         if manifest.skipped_count > _PRINTED_LINES:
-            print("  ...")
+            lines.append("  ...")
+    return lines
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, _IndexWriter
 
+from megatron_acodm.files import naming
+
 _BLOCK = 1 << 20
 """Documents whose index entries are in memory at once."""
 
@@ -65,12 +67,9 @@ def write_index(path: Path, dtype: np.dtype, lengths_files: Sequence[Path]) -> N
     Raises:
         OSError: with the file's name, when it cannot be written.
     """
-    try:
-        with _IndexWriter(str(path), dtype.type) as writer:
-            for part in _index_parts(dtype, lengths_files):
-                writer.idx_writer.write(part)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
+    with naming(path), _IndexWriter(str(path), dtype.type) as writer:
+        for part in _index_parts(dtype, lengths_files):
+            writer.idx_writer.write(part)
 
 
 def _index_parts(dtype: np.dtype, lengths_files: Sequence[Path]) -> Iterator[bytes]:
@@ -104,11 +103,8 @@ def _length_blocks(files: Sequence[Path]) -> Iterator[np.ndarray]:
 
 
 def _append_bytes(path: Path, values: np.ndarray) -> None:
-    try:
-        with open(path, "ab") as file:
-            file.write(values.data)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with naming(path), open(path, "ab") as file:
+        file.write(values.data)
 
 
 @dataclass(frozen=True)

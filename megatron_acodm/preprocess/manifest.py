@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from megatron_acodm.preprocess.records import check_value, read_record
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text import MegatronTokenizerText
+
+_Record = TypeVar("_Record")
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "megatron-acodm corpus"
 VERSION = 2
 ABOUT = (
-    "A Megatron indexed dataset (.bin, .idx) a domain. Paths are relative to this file. documents "
-    "include empty_documents, which have no tokens; tokens include one end-of-document id for each "
-    "other document; bytes are those of the text in UTF-8, before tokenization; modified is an "
-    "input's time of last modification in nanoseconds since 1970. Checked by "
-    "tools/preprocess_pile.py --verify."
+    "A Megatron indexed dataset (.bin, .idx) a domain; prefix and tokenizer.file are relative "
+    "to this file. documents include empty_documents, which have no tokens; tokens include one "
+    "end-of-document id for each other document; bytes are those of the text in UTF-8, before "
+    "tokenization; an input's name is its absolute path, modified its time of last modification in "
+    "nanoseconds since 1970. Checked by tools/preprocess_pile.py --verify."
 )
 
 
@@ -68,7 +69,7 @@ class InputInfo:
     """One file that was read."""
 
     name: str
-    """The path, as it was given."""
+    """The absolute path."""
     size: int
     """Bytes, as stored (compressed)."""
     modified: int
@@ -82,7 +83,7 @@ class SkippedLine:
     """A malformed line that ``--skip-bad-lines`` left out."""
 
     input: str
-    """Name of the file."""
+    """The file's path, absolute in a manifest."""
     line: int
     """Counted from 1."""
     reason: str
@@ -235,3 +236,46 @@ def _from_json(content: Any, path: Path) -> Manifest:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is damaged: {reason}; run preprocessing again") from error
     return manifest
+
+
+def read_record(cls: Callable[..., _Record], values: Any, directory: Path) -> _Record:
+    """Build a dataclass whose fields are of type int, str or Path, or one of these or None.
+
+    Args:
+        cls: The dataclass.
+        values: What JSON gave for it; members that it has no field for are passed over.
+        directory: What its paths are relative to; they may not lead out of it.
+
+    Raises:
+        KeyError: when a member is missing.
+        ValueError: when one is of another kind, or a negative number.
+        TypeError: when ``values`` is no object.
+    """
+    arguments = {}
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        value = values[item.name]
+        kind, optional = str(item.type).removesuffix(" | None"), str(item.type).endswith("None")
+        if not (optional and value is None):
+            value = check_value(kind, value)
+            value = directory / value if kind == "Path" else value
+        arguments[item.name] = value
+    return cls(**arguments)
+
+
+def check_value(kind: str, value: Any) -> Any:
+    """Return ``value``.
+
+    Raises:
+        ValueError: when it is not of this kind ("int", "str" or "Path").
+    """
+    if kind == "int":
+        good = type(value) is int and value >= 0
+    elif kind == "str":
+        good = isinstance(value, str)
+    else:
+        assert kind == "Path"
+        good = isinstance(value, str) and bool(value)
+        good = good and not Path(value).is_absolute() and ".." not in Path(value).parts
+    if not good:
+        raise ValueError(f"{value!r} is not a valid {kind}")
+    return value

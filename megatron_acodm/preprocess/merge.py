@@ -15,24 +15,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_acodm.files import write_atomically
+from megatron_acodm.files import BLOCK_BYTES, naming, sha256_of, sync, write_atomically
 from megatron_acodm.megatron.indexed import token_dtype, write_index
-from megatron_acodm.preprocess.disk import BLOCK_BYTES, sha256_of, sync
-from megatron_acodm.preprocess.manifest import ManifestDomain
+from megatron_acodm.preprocess.manifest import ManifestDomain, read_record
 from megatron_acodm.preprocess.names import file_names
 from megatron_acodm.preprocess.pool import WorkerPool
-from megatron_acodm.preprocess.records import read_record
 from megatron_acodm.preprocess.shard import (
     Shard,
     ShardDomain,
     check_domain_count,
     part_prefix,
-    shard_folder,
+    shard_key,
 )
 from megatron_acodm.preprocess.workspace import Workspace, lock
 
@@ -79,7 +78,8 @@ class DatasetMerge:
         """
         # A worker whose run was killed still ends what it is at, before it notices.
         with open(self.record.with_suffix(".lock"), "a+") as file:
-            lock(file.fileno(), fcntl.LOCK_EX)
+            with suppress(OSError):  # without locks; the workspace has warned
+                lock(file.fileno(), fcntl.LOCK_EX)
             if not self.record.exists():
                 write_atomically(self.record, json.dumps(asdict(self._make_files())))
         return read_record(Checksums, json.loads(self.record.read_text()), self.record.parent)
@@ -102,7 +102,9 @@ class DatasetMerge:
             joined = 1
         for file in files[:joined]:
             file.unlink(missing_ok=True)  # a power cut may bring back what was removed
-        return _extend(target, sum(part.size for part in self.parts[:joined]), files[joined:])
+        sha256 = _extend(target, sum(part.size for part in self.parts[:joined]), files[joined:])
+        _check_size(target, target.stat().st_size, sum(part.size for part in self.parts))
+        return sha256
 
 
 def merge_shards(
@@ -129,7 +131,7 @@ def merge_shards(
     """
     totals = domain_totals(shards)
     names = file_names(name for name, total in totals.items() if total.tokens)
-    workspace.begin_merge()
+    workspace.begin_merge([shard.input.name for shard in shards])
     parts = _parts(workspace.shards, shards)
     dtype = token_dtype(shards[0].tokenizer.vocab_size)
     # The largest first, so that no worker begins it when the others are done.
@@ -183,10 +185,11 @@ def domain_totals(shards: Sequence[Shard]) -> dict[str, ShardDomain]:
 
 def _parts(folder: Path, shards: Sequence[Shard]) -> dict[str, list[Part]]:
     parts: dict[str, list[Part]] = {}
-    for index, shard in enumerate(shards):
+    for shard in shards:
+        shard_folder = folder / shard_key(Path(shard.input.name))
         itemsize = token_dtype(shard.tokenizer.vocab_size).itemsize
         for number, domain in enumerate(shard.domains):
-            prefix = part_prefix(shard_folder(folder, index), number)
+            prefix = part_prefix(shard_folder, number)
             parts.setdefault(domain.name, []).append(Part(prefix, domain.tokens * itemsize))
     return parts
 
@@ -200,28 +203,30 @@ def _extend(target: Path, size: int, files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     appended: list[Path] = []
     unsynced = 0
-    try:
-        with open(target, "r+b") as file:
-            if (found := os.fstat(file.fileno()).st_size) < size:
-                reason = f"has {found} bytes, not the {size} that were written to it; remove its"
-                raise OSError(errno.EIO, f"{reason} workspace and run again")
-            file.truncate(size)
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-            for number, path in enumerate(files, start=1):
-                with open(path, "rb", buffering=0) as part:
-                    while block := part.read(BLOCK_BYTES):
-                        file.write(block)
-                        digest.update(block)
-                        unsynced += len(block)
-                appended.append(path)
-                if unsynced >= _SYNC_BYTES or number == len(files):
-                    file.flush()
-                    os.fsync(file.fileno())
-                    while appended:
-                        appended.pop().unlink()
-                    unsynced = 0
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(target)) from error
+    with naming(target), open(target, "r+b") as file:
+        if (found := os.fstat(file.fileno()).st_size) < size:
+            _check_size(target, found, size)
+        file.truncate(size)
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+        for number, path in enumerate(files, start=1):
+            with open(path, "rb", buffering=0) as part:
+                while block := part.read(BLOCK_BYTES):
+                    file.write(block)
+                    digest.update(block)
+                    unsynced += len(block)
+            appended.append(path)
+            if unsynced >= _SYNC_BYTES or number == len(files):
+                file.flush()
+                os.fsync(file.fileno())
+                while appended:
+                    appended.pop().unlink()
+                unsynced = 0
+        os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _check_size(file: Path, found: int, expected: int) -> None:
+    if found != expected:
+        reason = f"has {found} bytes, not the {expected} that were written to it; remove its"
+        raise OSError(errno.EIO, f"{reason} workspace and run again", str(file))

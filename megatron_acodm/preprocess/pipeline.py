@@ -8,13 +8,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_acodm.files import sync
 from megatron_acodm.megatron.tokenizer import build_tokenizer
-from megatron_acodm.preprocess.build import ShardBuilder
-from megatron_acodm.preprocess.disk import sync
 from megatron_acodm.preprocess.encoder import MAX_LISTED_LINES
 from megatron_acodm.preprocess.manifest import Manifest, ManifestDomain, TokenizerInfo
 from megatron_acodm.preprocess.merge import domain_totals, merge_shards
-from megatron_acodm.preprocess.progress import Progress
+from megatron_acodm.preprocess.progress import Progress, say
 from megatron_acodm.preprocess.publish import (
     TOKENIZER_FOLDER,
     finish_publication,
@@ -22,8 +21,14 @@ from megatron_acodm.preprocess.publish import (
     published_file,
 )
 from megatron_acodm.preprocess.reader import InputFile, open_inputs
-from megatron_acodm.preprocess.shard import Shard, has_its_files, read_shard, shard_folder
-from megatron_acodm.preprocess.workspace import Workspace, remove, say
+from megatron_acodm.preprocess.resume import (
+    finished_shards,
+    other_inputs,
+    say_touched,
+    shortened,
+)
+from megatron_acodm.preprocess.shard import Shard, ShardBuilder, shard_key
+from megatron_acodm.preprocess.workspace import Workspace, remove
 
 ENGINES = ("local", "ray")
 
@@ -47,7 +52,7 @@ class PreprocessOptions:
     skip_bad_lines: bool = False
     """Count and list malformed lines instead of stopping at the first."""
     overwrite: bool = False
-    """Replace the corpus that the output folder holds."""
+    """Replace the corpus that the output folder holds, unless it is the one that is asked for."""
     engine: str = "local"
     """Where ``preprocess`` encodes: one of ENGINES."""
 
@@ -83,8 +88,7 @@ def preprocess(options: PreprocessOptions) -> Outcome:
     with _started(options) as run:
         if (complete := run.complete_corpus()) is not None:
             return complete
-        run.check_merge()
-        run.build(run.all_inputs)
+        run.build(run.inputs)
         return run.merge()
 
 
@@ -112,11 +116,11 @@ def build_part(options: PreprocessOptions, part: int, parts: int) -> int | None:
         run.refuse_merge()
         if run.complete_corpus() is not None:
             return None
-        count = len(run.all_inputs)
-        indices = run.all_inputs[part * count // parts : (part + 1) * count // parts]
-        run.lock(indices)
-        run.build(indices)
-        return len(indices)
+        count = len(run.inputs)
+        inputs = run.inputs[part * count // parts : (part + 1) * count // parts]
+        run.lock(inputs)
+        run.build(inputs)
+        return len(inputs)
 
 
 def merge_parts(options: PreprocessOptions) -> Outcome:
@@ -128,8 +132,6 @@ def merge_parts(options: PreprocessOptions) -> Outcome:
     with _started(options) as run:
         if (complete := run.complete_corpus()) is not None:
             return complete
-        run.check_merge()
-        run.check_nothing_is_missing()
         return run.merge()
 
 
@@ -169,23 +171,21 @@ class _Run:
         workspace: Workspace,
     ) -> None:
         self._options = options
-        self._inputs = inputs
+        self.inputs = inputs
         self._tokenizer = tokenizer
         self._workspace = workspace
-        self.all_inputs = range(len(inputs))
 
     def complete_corpus(self) -> Outcome | None:
         """Return the corpus that the output folder holds, when it is the one that is asked for.
 
-        A publication that was cut short is completed first. With ``overwrite``, only the corpus
-        of such a publication is not made again.
+        A publication that was cut short is completed first.
 
         Raises:
             ValueError: when it is another one, and is not to be replaced.
         """
         folder, is_new = self._workspace.output_dir, finish_publication(self._workspace)
         file = published_file(folder)
-        if file is None or (self._options.overwrite and not is_new):
+        if file is None:
             return None
         try:
             manifest = Manifest.load(folder)
@@ -203,70 +203,53 @@ class _Run:
 
     def _difference(self, manifest: Manifest) -> str | None:
         """Say how a corpus is another than the one that is asked for; None if it is that."""
-        if [item.name for item in manifest.inputs] != self._options.inputs:
+        if [info.name for info in manifest.inputs] != [str(item.path) for item in self.inputs]:
             return "a corpus of other inputs"
         if replace(manifest.tokenizer, file=None) != replace(self._tokenizer, file=None):
             return "a corpus of another tokenizer"
         if manifest.skipped_count and not self._options.skip_bad_lines:
             return "a corpus that was made with --skip-bad-lines and has lines left out"
-        for item, info in zip(self._inputs, manifest.inputs, strict=True):
+        pairs = list(zip(self.inputs, manifest.inputs, strict=True))
+        say_touched(sum(item.is_touched(info) for item, info in pairs))
+        for item, info in pairs:
             if not item.is_unchanged(info):
                 return f"a corpus that was made before {item.name} was changed"
         return None
 
     def refuse_merge(self) -> None:
-        """Raise a ValueError when a merge has begun and not ended."""
-        if self._workspace.is_merging:
+        """Raise a ValueError when a merge or a publication has begun and not ended."""
+        workspace = self._workspace
+        if workspace.is_merging or workspace.publication.exists():
             raise ValueError(
-                f"a merge in {self._workspace.output_dir} was cut short; run it again, or remove "
-                f"{self._workspace.path} to begin anew"
+                f"a merge in {workspace.output_dir} was cut short; run its command again (with "
+                f"--merge, or without --shard), or remove {workspace.path} to begin anew"
             )
 
-    def check_merge(self) -> None:
-        """Raise a ValueError when a merge was cut short that this command cannot go on with."""
-        shards = self._workspace.finished_shards()
-        if self._workspace.is_merging and (
-            shards != list(self.all_inputs) or self._missing(self.all_inputs)
-        ):
-            raise ValueError(
-                f"a merge of other inputs, or with other options, was cut short in "
-                f"{self._workspace.output_dir}; run its command again, or remove "
-                f"{self._workspace.path} to begin anew"
-            )
-
-    def check_nothing_is_missing(self) -> None:
-        """Raise a ValueError that names the inputs without a finished shard."""
-        if missing := self._missing(self.all_inputs):
-            names = ", ".join(item.name for item in missing.values())
-            raise ValueError(
-                f"{len(missing)} of {len(self._inputs)} inputs have no finished shard: {names}; "
-                "build them with --shard, or leave --merge out to build and merge"
-            )
-
-    def lock(self, indices: Sequence[int]) -> None:
+    def lock(self, inputs: Sequence[InputFile]) -> None:
         """Keep others from building these inputs' shards.
 
         Raises:
             ValueError: when another run is at one of them.
         """
-        for index in indices:
-            if not self._workspace.lock_shard(index):
-                raise ValueError(
-                    f"another run is at {self._inputs[index].name}; wait for it, or give each run "
-                    "a --shard of its own"
-                )
+        items = {shard_key(item.path): item for item in inputs}
+        if (busy := self._workspace.lock_shards(list(items))) is not None:
+            raise ValueError(
+                f"another run is at {items[busy].name}; wait for it, or give each run a --shard of "
+                "its own"
+            )
 
-    def build(self, indices: Sequence[int]) -> None:
-        """Build the shards of these inputs that are not finished."""
-        missing = self._missing(indices)
-        if reused := len(indices) - len(missing):
-            say(f"{reused} of {len(indices)} inputs are done already")
+    def build(self, inputs: Sequence[InputFile]) -> None:
+        """Build the shards of these inputs that are not finished.
+
+        Raises:
+            ValueError, OSError: as ``finished_shards`` and ``ShardBuilder.build``.
+        """
+        finished = self._finished(inputs)
+        missing = [item for item in inputs if item.name not in finished]
+        if finished:
+            say(f"{len(finished)} of {len(inputs)} inputs are done already")
         if not missing:
             return
-        for index, item in missing.items():
-            if (folder := shard_folder(self._workspace.shards, index)).exists():
-                say(f"{item.name}: what was done is of another input, tokenizer or version")
-                remove(folder)
         builder = ShardBuilder(
             shards=self._workspace.shards,
             tokenizer=self._tokenizer,
@@ -274,8 +257,8 @@ class _Run:
             workers=self._options.workers,
             skip_bad_lines=self._options.skip_bad_lines,
         )
-        total = sum(self._inputs[index].size for index in indices)
-        done = total - sum(item.size for item in missing.values())
+        total = sum(item.size for item in inputs)
+        done = total - sum(item.size for item in missing)
         with self._telling_what_stays(), closing(Progress("the input", total, done)) as progress:
             if self._options.engine == "ray":
                 from megatron_acodm.preprocess.ray_engine import build_on_ray
@@ -285,34 +268,27 @@ class _Run:
                 builder.build(missing, progress.add_chunk)
         say(f"encoded {len(missing)} inputs: {progress.summary()}")
 
-    def _missing(self, indices: Sequence[int]) -> dict[int, InputFile]:
-        """Return the inputs, by number, that have no finished shard of this run's options.
-
-        Raises:
-            ValueError: when a finished shard left lines out that must not be.
-        """
-        missing = {}
-        for index in indices:
-            item, folder = self._inputs[index], shard_folder(self._workspace.shards, index)
-            shard = read_shard(folder)
-            if (
-                shard is not None
-                and shard.is_of(item, self._tokenizer)
-                # A merge uses the files up, and knows itself what must be there.
-                and (self._workspace.is_merging or has_its_files(shard, folder))
-            ):
-                shard.check_skipped(self._options.skip_bad_lines)
-            else:
-                missing[index] = item
-        return missing
+    def _finished(self, inputs: Sequence[InputFile]) -> dict[str, Shard]:
+        skip = self._options.skip_bad_lines
+        return finished_shards(self._workspace, inputs, self._tokenizer, skip)
 
     def merge(self) -> Outcome:
-        """Merge the shards, all of which are finished, and publish the corpus."""
+        """Merge the shards and publish the corpus.
+
+        Raises:
+            ValueError: for inputs without a finished shard, or as ``finished_shards``.
+        """
         workspace = self._workspace
-        for index in set(workspace.finished_shards()) - set(self.all_inputs):
-            remove(shard_folder(workspace.shards, index))
-        shards = [_read(shard_folder(workspace.shards, index)) for index in self.all_inputs]
+        finished = self._finished(self.inputs)
+        if missing := [item.name for item in self.inputs if item.name not in finished]:
+            raise ValueError(
+                f"{len(missing)} of {len(self.inputs)} inputs have no finished shard: "
+                f"{shortened(missing)}; build them with --shard, or leave --merge out to build and "
+                "merge"
+            )
+        shards = list(finished.values())
         totals = domain_totals(shards)
+        others = other_inputs(workspace, self.inputs)
         progress = Progress("the merge", sum(total.tokens for total in totals.values()))
         with self._telling_what_stays(), closing(progress):
             domains = merge_shards(
@@ -323,6 +299,8 @@ class _Run:
             )
             manifest = self._manifest(shards, domains)
             publish(workspace, manifest)
+        if others:
+            say(f"removed what was done of {len(others)} other inputs: {shortened(others)}")
         return Outcome(manifest, is_new=True)
 
     def _manifest(self, shards: list[Shard], domains: list[ManifestDomain]) -> Manifest:
@@ -342,9 +320,10 @@ class _Run:
         try:
             yield
         except BaseException:
-            if done := len(self._workspace.finished_shards()):
+            keys = {shard_key(item.path) for item in self.inputs}
+            if done := len(self._workspace.finished_shards() & keys):
                 say(
-                    f"kept: {done} of {len(self._inputs)} inputs are done; the same command goes "
+                    f"kept: {done} of {len(self.inputs)} inputs are done; the same command goes "
                     "on from there"
                 )
             raise
@@ -360,9 +339,3 @@ class _Run:
         for copy in folder.iterdir():
             sync(copy)
         return self._workspace.output_dir / TOKENIZER_FOLDER / file.name
-
-
-def _read(folder: Path) -> Shard:
-    shard = read_shard(folder)
-    assert shard is not None
-    return shard

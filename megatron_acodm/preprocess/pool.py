@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -12,6 +15,11 @@ from typing import Any
 
 _WINDOW = 4
 """Tasks a worker that may be unfinished or waiting for their turn: bounds the memory."""
+
+_WINDOW_BYTES = 1 << 26
+"""Bytes of such tasks: the memory stays bounded when they are large."""
+
+_PR_SET_PDEATHSIG = 1
 
 # Forked workers start at once, where others would import Megatron, each for seconds.
 _CONTEXT = multiprocessing.get_context("fork")
@@ -42,7 +50,7 @@ class WorkerPool:
             # The process inherits copies of our ends, which would keep the pipes open.
             inherited = [*self._processes, ours]
             process = _CONTEXT.Process(
-                target=_serve, args=(theirs, inherited, make_function), daemon=True
+                target=_serve, args=(os.getpid(), theirs, inherited, make_function), daemon=True
             )
             self._processes[ours] = process
             process.start()
@@ -57,48 +65,63 @@ class WorkerPool:
             process.kill()
             process.join()
 
-    def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
+    def map(
+        self, tasks: Iterable[Any], size: Callable[[Any], int] = lambda task: 0
+    ) -> Iterator[Any]:
         """Yield the function's result for each task, in the order of the tasks.
 
         Tasks are taken one ahead of what the workers need, so that a slow source and the workers
         run at the same time.
 
+        Args:
+            tasks: Taken as the workers need them.
+            size: Bytes of a task, of which at most _WINDOW_BYTES are unfinished or waiting for
+                their turn at once, or a single task.
+
         Raises:
             OSError: that the function raised.
             WorkerDied: when a worker ends; what it printed is on standard error.
         """
-        source = iter(tasks)
-        ahead = next(source, None)
-        idle, busy, done = deque(self._processes), dict[Connection, int](), dict[int, Any]()
-        sent = returned = 0
-        window = _WINDOW * len(self._processes)
-        while ahead is not None or busy or done:
-            while ahead is not None and idle and sent - returned < window:
-                self._send(idle[0], ahead)
-                busy[idle.popleft()] = sent
-                sent += 1
-                ahead = next(source, None)
+        under_way, done = deque[int](), dict[int, Any]()
+        returned = 0
+
+        def admits(task: Any) -> bool:
+            is_full = len(under_way) >= _WINDOW * len(self._processes)
+            if under_way and (is_full or sum(under_way) + size(task) > _WINDOW_BYTES):
+                return False
+            under_way.append(size(task))
+            return True
+
+        for number, result in self.as_completed(tasks, admits):
+            done[number] = result
             while returned in done:
                 yield done.pop(returned)
+                under_way.popleft()
                 returned += 1
-            for connection in wait(list(busy)) if busy else ():
-                assert isinstance(connection, Connection)
-                done[busy.pop(connection)] = self._receive(connection)
-                idle.append(connection)
 
-    def as_completed(self, tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    def as_completed(
+        self, tasks: Iterable[Any], admits: Callable[[Any], bool] = lambda task: True
+    ) -> Iterator[tuple[int, Any]]:
         """Yield the number of each task and the function's result, as soon as it is there.
+
+        Args:
+            tasks: Taken one ahead of what the workers need.
+            admits: Asked for the next task when a worker is idle, until it says yes. It must when
+                all results so far have been taken.
 
         Raises:
             OSError, WorkerDied: as ``map``.
         """
-        waiting = deque(enumerate(tasks))
+        source = enumerate(tasks)
+        ahead = next(source, None)
         idle, busy = deque(self._processes), dict[Connection, int]()
-        while waiting or busy:
-            while waiting and idle:
-                number, task = waiting.popleft()
+        while ahead is not None or busy:
+            while ahead is not None and idle and admits(ahead[1]):
+                number, task = ahead
                 self._send(idle[0], task)
                 busy[idle.popleft()] = number
+                ahead = task = None  # the worker has it; memory need not hold two
+                ahead = next(source, None)
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 result = self._receive(connection)
@@ -133,6 +156,7 @@ class WorkerPool:
 
 
 def _serve(
+    parent: int,
     connection: Connection,
     inherited: Sequence[Connection],
     make_function: Callable[[], Callable[[Any], Any]],
@@ -140,6 +164,7 @@ def _serve(
     """Answer tasks until the parent closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(parent)
     for other in inherited:
         other.close()
     function = make_function()
@@ -154,3 +179,11 @@ def _serve(
             result = error
         with suppress(BrokenPipeError):
             connection.send(result)
+
+
+def _die_with(parent: int) -> None:
+    """End with the parent, whatever ends it: nobody may write when the next run begins."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before
+        os._exit(1)

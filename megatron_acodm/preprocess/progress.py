@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from megatron_acodm.preprocess.encoder import EncodedChunk
+if TYPE_CHECKING:  # it loads Megatron, which takes seconds
+    from megatron_acodm.preprocess.encoder import EncodedChunk
 
 _INTERVAL_S = 30.0
+
+
+def say(message: str) -> None:
+    """Tell the user what a run does; standard output is for its result."""
+    with suppress(BrokenPipeError):  # no one listens
+        print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -48,7 +57,7 @@ class Progress:
         elif time.monotonic() - self._shown >= _INTERVAL_S:
             self._shown = time.monotonic()
             share = self._done / max(self._total, 1)
-            print(f"{share:4.0%} of {self._what}: {self.summary()}", file=sys.stderr, flush=True)
+            say(f"{share:4.0%} of {self._what}: {self.summary()}")
 
     def add_chunk(self, chunk: EncodedChunk) -> None:
         """Add a chunk of an input."""

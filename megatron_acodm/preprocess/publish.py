@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_acodm.files import write_atomically
-from megatron_acodm.preprocess.disk import sync
+from megatron_acodm.files import sync, write_atomically
+from megatron_acodm.megatron.tokenizer import tokenizer_files
 from megatron_acodm.preprocess.manifest import MANIFEST_NAME, Manifest
 from megatron_acodm.preprocess.workspace import Workspace
 
@@ -32,13 +33,16 @@ def publish(workspace: Workspace, manifest: Manifest) -> None:
     Args:
         workspace: Everything in its ``final`` is on the disk already.
         manifest: Its paths lie in the output folder.
+
+    Raises:
+        ValueError: when a file in ``final`` is missing or not of its size.
     """
+    _check_final(workspace, manifest)
     stale = _earlier_files(workspace.output_dir) - set(_names_in(workspace.final))
     write_atomically(workspace.path / _STALE_NAME, json.dumps(sorted(stale)))
     for folder in {path.parent for path in workspace.final.rglob("*")}:
         sync(folder)
-    record = workspace.path / MANIFEST_NAME
-    write_atomically(record, manifest.to_json(workspace.output_dir))
+    write_atomically(workspace.publication, manifest.to_json(workspace.output_dir))
     finish_publication(workspace)
 
 
@@ -49,7 +53,7 @@ def finish_publication(workspace: Workspace) -> bool:
         Whether there was one.
     """
     # Those who share the workspace build shards, and leave this to a run that has it to itself.
-    record, target = workspace.path / MANIFEST_NAME, workspace.output_dir / MANIFEST_NAME
+    record, target = workspace.publication, workspace.output_dir / MANIFEST_NAME
     if workspace.is_shared or not record.exists():
         return False
     manifest, names = record.read_bytes(), _names_in(workspace.final)
@@ -72,6 +76,19 @@ def finish_publication(workspace: Workspace) -> bool:
     return True
 
 
+def _check_final(workspace: Workspace, manifest: Manifest) -> None:
+    """Raise a ValueError when what is to be published is not what the manifest says."""
+    tokenizer, final = manifest.tokenizer, workspace.final
+    if tokenizer.file is not None:
+        tokenizer = replace(tokenizer, file=final / TOKENIZER_FOLDER / tokenizer.file.name)
+    domains = [replace(domain, prefix=final / domain.prefix.name) for domain in manifest.domains]
+    if problems := replace(manifest, domains=domains, tokenizer=tokenizer).file_problems():
+        raise ValueError(
+            f"the merge made {problems[0]}; was another run writing at the same time? Remove "
+            f"{workspace.path} and run again"
+        )
+
+
 def _names_in(folder: Path) -> list[str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in files)
@@ -80,10 +97,12 @@ def _names_in(folder: Path) -> list[str]:
 def _earlier_files(output_dir: Path) -> set[str]:
     """The files of the corpus that the folder holds, by their names in it."""
     try:
-        domains = Manifest.read(output_dir).domains
+        manifest = Manifest.read(output_dir)
     except ValueError:
         return set()
-    # All of the tokenizer's folder: HuggingFace would find a leftover file by its name.
-    files = set((output_dir / TOKENIZER_FOLDER).glob("*"))
-    files |= {Path(f"{d.prefix}{end}") for d in domains for end in (".bin", ".idx")}
+    files = {Path(f"{d.prefix}{end}") for d in manifest.domains for end in (".bin", ".idx")}
+    tokenizer = manifest.tokenizer
+    if tokenizer.file is not None and tokenizer.file.is_file():
+        # With the files beside it, which HuggingFace would find by their names.
+        files |= set(tokenizer_files(tokenizer.type, tokenizer.file))
     return {file.relative_to(output_dir).as_posix() for file in files}

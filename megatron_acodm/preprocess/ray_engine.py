@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from megatron_acodm.preprocess.build import ShardBuilder
 from megatron_acodm.preprocess.pool import WorkerDied
 from megatron_acodm.preprocess.progress import Progress
 from megatron_acodm.preprocess.reader import InputFile
+from megatron_acodm.preprocess.shard import ShardBuilder
 
 MAX_RETRIES = 3
 """Times that an input is begun again after the worker or the node at it was lost."""
 
+_POLL_S = 0.5
+"""Ray does not let a signal's handler end a wait: how long one waits at most."""
 
-def build_on_ray(
-    builder: ShardBuilder, inputs: Mapping[int, InputFile], progress: Progress
-) -> None:
+
+def build_on_ray(builder: ShardBuilder, inputs: Sequence[InputFile], progress: Progress) -> None:
     """Build the shards of some inputs on the cluster that RAY_ADDRESS names, or on this machine.
 
     Args:
         builder: Its ``workers`` are the CPUs that each task takes.
-        inputs: By number.
+        inputs: As for ``ShardBuilder.build``.
         progress: Told of each input that is done.
 
     Raises:
-        ValueError: when Ray is not installed, or for an input that cannot be used.
+        ValueError: when Ray is not installed, when no node has as many CPUs as ``workers``, or
+            for an input that cannot be used.
         OSError: when reading or writing fails; the file's name is in it.
         WorkerDied: when a worker is lost more than MAX_RETRIES times.
     """
@@ -39,23 +41,24 @@ def build_on_ray(
         raise ValueError(
             "--engine ray needs Ray, which is not installed; run: pip install 'megatron-acodm[ray]'"
         ) from error
-    with _connected(ray, builder.workers):
+    with _deferred_sigterm() as end_if_told, _connected(ray, builder.workers):
         task = ray.remote(_build).options(
             num_cpus=builder.workers, max_retries=MAX_RETRIES, retry_exceptions=[WorkerDied]
         )
-        indices = {task.remote(builder, index, item): index for index, item in inputs.items()}
-        waiting = list(indices)
+        items = {task.remote(builder, item): item for item in inputs}
+        waiting = list(items)
         while waiting:
-            done, waiting = ray.wait(waiting)
+            end_if_told()
+            done, waiting = ray.wait(waiting, timeout=_POLL_S)
             for reference in done:
-                documents, text_bytes = _result(ray, reference, inputs[indices[reference]])
-                progress.update(inputs[indices[reference]].size, documents, text_bytes)
+                documents, text_bytes = _result(ray, reference, items[reference])
+                progress.update(items[reference].size, documents, text_bytes)
 
 
-def _build(builder: ShardBuilder, index: int, item: InputFile) -> tuple[int, int]:
+def _build(builder: ShardBuilder, item: InputFile) -> tuple[int, int]:
     """Build one shard; return its documents and bytes of text. Runs on the cluster."""
     progress = Progress(item.name, item.size)
-    builder.build({index: item}, progress.add_chunk)
+    builder.build([item], progress.add_chunk)
     return progress.documents, progress.text_bytes
 
 
@@ -71,7 +74,29 @@ def _result(ray: ModuleType, reference: object, item: InputFile) -> tuple[int, i
 
 
 @contextmanager
-def _connected(ray: ModuleType, cpus: int) -> Iterator[None]:
+def _deferred_sigterm() -> Iterator[Callable[[], None]]:
+    """Only note a SIGTERM, which Ray would swallow; yield what does as the signal says."""
+    before, was_told = signal.getsignal(signal.SIGTERM), False
+
+    def note(*_: object) -> None:
+        nonlocal was_told
+        was_told = True
+
+    def end_if_told() -> None:
+        signal.signal(signal.SIGTERM, before if was_told else note)  # Ray sets its own
+        if was_told:
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        end_if_told()
+        yield end_if_told
+        end_if_told()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _connected(ray: ModuleType, workers: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Megatron warns on import about packages that only a GPU run uses.
     quiet = {"env_vars": {"PYTHONWARNINGS": "ignore::UserWarning"}}
@@ -79,16 +104,20 @@ def _connected(ray: ModuleType, cpus: int) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": "warning", "runtime_env": quiet}
     if not address:
         # A task that wants more than there is would wait for ever.
-        cpus = max(cpus, len(os.sched_getaffinity(0)))
+        cpus = max(workers, len(os.sched_getaffinity(0)))
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (OSError, RuntimeError) as error:
         place = f"the cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
         raise ValueError(f"cannot reach {place}: {error}") from error
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own
     try:
+        most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        if most < workers:
+            raise ValueError(
+                f"--workers is {workers}, the CPUs of each task, but no node of the cluster "
+                f"has more than {most:g}; lower --workers"
+            )
         yield
     finally:
         ray.shutdown()  # ends the tasks that still run

@@ -12,7 +12,7 @@ from typing import Any
 
 import zstandard
 
-from megatron_acodm.preprocess.disk import sha256_of
+from megatron_acodm.files import naming, sha256_of
 from megatron_acodm.preprocess.manifest import InputInfo
 
 CHUNK_BYTES = 1 << 20
@@ -22,6 +22,12 @@ MAX_LINE_BYTES = 1 << 28
 """A longer line is no document but a damaged file; it would otherwise have to fit in memory."""
 
 _BLOCK_BYTES = 1 << 17
+
+_SLICE_BYTES = 1 << 11
+"""Decompressed at once: what becomes of it must fit in memory, and 4 bytes of zstd can be 128 KiB.
+
+That is 64 MiB at most; larger slices are hardly faster.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,24 +47,29 @@ class Chunk:
 class InputFile:
     """One ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file.
 
+    ``name`` is the path as it was given, for messages; ``path`` is absolute.
+
     Raises:
         ValueError: for another ending, or when there is no such file that can be read.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.path = Path(name).absolute()
         endings = [ending for ending in _ENDINGS if name.endswith(ending)]
         if not endings:
             raise ValueError(f"{name} is none of {', '.join(_ENDINGS)}; convert or rename it")
         self._new_decoder = _ENDINGS[endings[0]]
-        self._path = Path(name).absolute()
-        if self._path.exists() and not self._path.is_file():
-            raise ValueError(f"{name} is not a regular file; name the files themselves")
         try:
-            with open(self._path, "rb") as file:
-                self.size, self.modified = _state(file.fileno())
+            if self.path.exists() and not self.path.is_file():
+                raise ValueError(f"{name} is not a regular file; name the files themselves")
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
         except OSError as error:
             raise ValueError(f"cannot read {name}: {error.strerror}; check --input") from error
+        self.size, self.modified = _state(status)
+        self.inode = (status.st_dev, status.st_ino)
+        self._content_sha256: str | None = None
         self._bytes_read = 0
         self._sha256 = ""
 
@@ -66,19 +77,26 @@ class InputFile:
     def info(self) -> InputInfo:
         """What was read; call it when ``chunks`` is exhausted."""
         assert self._sha256
-        return InputInfo(self.name, self.size, self.modified, self._sha256)
+        return InputInfo(str(self.path), self.size, self.modified, self._sha256)
+
+    def is_touched(self, info: InputInfo) -> bool:
+        """Tell whether its content, which has not been read, decides if it is that of ``info``."""
+        is_same = (self.size, self.modified) == (info.size, info.modified)
+        return self.size == info.size and not is_same and self._content_sha256 is None
 
     def is_unchanged(self, info: InputInfo) -> bool:
         """Tell whether this is still the file of ``info``.
 
-        A file of the same size and time is; if only the time differs, its content decides.
+        A file of the same size and time is; if only the time differs, its content decides, which
+        is read once.
 
         Raises:
             OSError: with the file's name, when reading fails.
         """
-        if self.size != info.size:
-            return False
-        return self.modified == info.modified or sha256_of(self._path) == info.sha256
+        if self.size != info.size or self.modified == info.modified:
+            return self.size == info.size
+        self._content_sha256 = self._content_sha256 or sha256_of(self.path)
+        return self._content_sha256 == info.sha256
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the file's lines, about CHUNK_BYTES at a time.
@@ -132,15 +150,12 @@ class InputFile:
     def _raw(self) -> Iterator[bytes]:
         sha256 = hashlib.sha256()
         self._bytes_read = 0
-        try:
-            with open(self._path, "rb", buffering=0) as file:
-                while block := file.read(_BLOCK_BYTES):
-                    sha256.update(block)
-                    self._bytes_read += len(block)
-                    yield block
-                state = _state(file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.name) from error
+        with naming(self.name), open(self.path, "rb", buffering=0) as file:
+            while block := file.read(_BLOCK_BYTES):
+                sha256.update(block)
+                self._bytes_read += len(block)
+                yield block
+            state = _state(os.fstat(file.fileno()))
         if state != (self.size, self.modified) or self._bytes_read != self.size:
             raise ValueError(
                 f"{self.name} was changed while it was read; run again when it is complete"
@@ -148,9 +163,17 @@ class InputFile:
         self._sha256 = sha256.hexdigest()
 
 
-def _state(descriptor: int) -> tuple[int, int]:
-    """Return an open file's size and its time of last modification, in ns since 1970."""
-    status = os.fstat(descriptor)
+def file_state(path: Path) -> tuple[int, int]:
+    """Return a file's size and its time of last modification, in ns since 1970.
+
+    Raises:
+        OSError: when it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return _state(os.fstat(file.fileno()))
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, max(status.st_mtime_ns, 0)
 
 
@@ -161,15 +184,14 @@ def open_inputs(names: Sequence[str]) -> list[InputFile]:
         ValueError: for a file that is missing, of an unknown kind, or named twice.
     """
     inputs = [InputFile(name) for name in names]
-    seen: dict[Path, str] = {}
+    seen: dict[tuple[int, int], str] = {}
     for item in inputs:
-        path = Path(item.name).resolve()
-        if path in seen:
+        if item.inode in seen:
             raise ValueError(
-                f"{item.name} is the same file as {seen[path]}; its documents would count twice: "
-                "name each file once"
+                f"{item.name} is the same file as {seen[item.inode]}; its documents would count "
+                "twice: name each file once"
             )
-        seen[path] = item.name
+        seen[item.inode] = item.name
     return inputs
 
 
@@ -205,12 +227,17 @@ def _decompress(blocks: Iterable[bytes], new_decoder: Callable[[], Any]) -> Iter
         EOFError: when it was not.
     """
     decoder = new_decoder()
-    for block in blocks:
-        while block:
+    slices = (
+        block[start : start + _SLICE_BYTES]
+        for block in blocks
+        for start in range(0, len(block), _SLICE_BYTES)
+    )
+    for data in slices:
+        while data:
             if decoder.eof:
                 decoder = new_decoder()
-            if text := decoder.decompress(block):
-                yield text
-            block = decoder.unused_data
+            text = decoder.decompress(data)
+            yield from (text[at : at + CHUNK_BYTES] for at in range(0, len(text), CHUNK_BYTES))
+            data = decoder.unused_data
     if not decoder.eof:
         raise EOFError

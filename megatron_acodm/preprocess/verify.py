@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_acodm.files import BLOCK_BYTES, sha256_of
 from megatron_acodm.megatron.indexed import read_index_counts, token_dtype
 from megatron_acodm.megatron.tokenizer import tokenizer_sha256
-from megatron_acodm.preprocess.disk import BLOCK_BYTES, sha256_of
 from megatron_acodm.preprocess.manifest import InputInfo, Manifest, ManifestDomain
 from megatron_acodm.preprocess.pool import WorkerPool
-from megatron_acodm.preprocess.reader import InputFile
+from megatron_acodm.preprocess.reader import file_state
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Verification:
     differences: list[str]
     """All that differs, a line each; none for a corpus that is as it was made."""
     unread_inputs: list[str]
-    """Inputs that are no longer where they were, which is no difference."""
+    """Inputs that are no longer there, or cannot be read, and why: that is no difference."""
 
 
 def verify(output_dir: Path, workers: int) -> Verification:
@@ -47,10 +47,15 @@ def verify(output_dir: Path, workers: int) -> Verification:
         found = dict(pool.as_completed(domains))
     for number in range(len(domains)):
         differences += found[number]
-    unread = [info.name for info in manifest.inputs if not Path(info.name).exists()]
+    unread = []
     for info in manifest.inputs:
-        if info.name not in unread and not _is_unchanged(info):
-            differences.append(f"{info.name}: changed since the corpus was made from it")
+        try:
+            if not _is_unchanged(info):
+                differences.append(f"{info.name}: changed since the corpus was made from it")
+        except FileNotFoundError:
+            unread.append(f"{info.name} is no longer there")
+        except OSError as error:
+            unread.append(f"{info.name} cannot be read: {error.strerror}")
     return Verification(manifest, differences, unread)
 
 
@@ -106,11 +111,12 @@ def _tokenizer_differences(manifest: Manifest) -> list[str]:
         found = tokenizer_sha256(info.type, info.file)
     except ValueError as error:
         return [str(error)]
+    except OSError as error:
+        return [f"{info.file}: cannot be read: {error.strerror}"]
     return [] if found == info.sha256 else [f"{info.file}: another tokenizer ({found})"]
 
 
 def _is_unchanged(info: InputInfo) -> bool:
-    try:
-        return InputFile(info.name).is_unchanged(info)
-    except (OSError, ValueError):
-        return False
+    path = Path(info.name)
+    size, modified = file_state(path)
+    return size == info.size and (modified == info.modified or sha256_of(path) == info.sha256)
