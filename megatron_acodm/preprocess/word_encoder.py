@@ -55,6 +55,7 @@ class WordEncoder:
         (self._mark_id,) = self._bare.encode(_MARK)
         self._cache: dict[str, bytes] = {}
         self._cached_bytes = 0
+        self._times_strange = 0
 
     @classmethod
     def for_model(cls, path: str, dtype: np.dtype) -> WordEncoder | None:
@@ -84,9 +85,7 @@ class WordEncoder:
         parts = []
         for words in self._cut(normal):
             if missing := list(set(words).difference(self._cache)):
-                is_warm = self._cached_bytes > CACHE_BYTES // 8
-                if is_warm and 2 * sum(map(len, missing)) > sum(map(len, words)):
-                    # Mostly words that will not come again, such as base64: not worth learning.
+                if self._are_strange(missing, words):
                     ids = self._bare.encode("".join(words))
                     parts.append(np.array(ids, dtype=self._dtype).tobytes())
                     continue
@@ -96,6 +95,19 @@ class WordEncoder:
                 self._learn(missing)
             parts.append(b"".join(map(self._cache.__getitem__, words)))
         return np.frombuffer(b"".join(parts), dtype=self._dtype)
+
+    def _are_strange(self, missing: list[str], words: list[str]) -> bool:
+        """Whether words are mostly new to an encoder that knows many, and not worth learning.
+
+        Such words may never come again, as those of base64; but every fourth time they are learned,
+        because they may be a language that has just begun.
+        """
+        if self._cached_bytes < CACHE_BYTES // 8:
+            return False
+        if 2 * sum(map(len, missing)) < sum(map(len, words)):
+            return False
+        self._times_strange += 1
+        return self._times_strange % 4 != 0
 
     def _cut(self, text: str) -> Iterator[list[str]]:
         """Yield the words of a text, a block at a time."""
