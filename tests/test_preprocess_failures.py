@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from preprocessing import (
@@ -172,12 +173,21 @@ def test_a_killed_worker_ends_the_run_with_an_error(
     assert not multiprocessing.active_children()
 
 
+class SlowEncoder(encoder.ChunkEncoder):
+    """Makes sure that a run is still at work when it is interrupted."""
+
+    def __call__(self, chunk: reader.Chunk) -> encoder.EncodedChunk:
+        time.sleep(0.3)
+        return super().__call__(chunk)
+
+
 def start(arguments: list[str], output: Path) -> Any:
-    """Run the tool in a process of its own; return when it is at work."""
+    """Run the tool, slowed down, in a process of its own; return when it is at work."""
     process = multiprocessing.get_context("fork").Process(
         target=lambda: os._exit(main(arguments)), daemon=False
     )
-    process.start()
+    with mock.patch.object(shard, "ChunkEncoder", SlowEncoder):  # as the new process inherits it
+        process.start()
     deadline = time.monotonic() + 60
     while not list((output / FOLDER_NAME).glob("shards/*/00000.bin")):
         assert process.is_alive()
@@ -199,8 +209,8 @@ def is_running(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def long_input(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Enough text that a run is still at work when it is interrupted."""
-    return write(tmp_path_factory.mktemp("long") / "a.jsonl.zst", records(texts) * 300)
+    """Text of some fifty chunks."""
+    return write(tmp_path_factory.mktemp("long") / "a.jsonl.zst", records(texts) * 200)
 
 
 def test_a_killed_run_leaves_no_workers_and_the_same_command_succeeds_afterwards(
