@@ -183,9 +183,13 @@ class SlowEncoder(encoder.ChunkEncoder):
 
 def start(arguments: list[str], output: Path) -> Any:
     """Run the tool, slowed down, in a process of its own; return when it is at work."""
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: os._exit(main(arguments)), daemon=False
-    )
+
+    def target() -> None:
+        # Ignored where the tests run in the background of a shell, and inherited from there.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os._exit(main(arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=target, daemon=False)
     with mock.patch.object(shard, "ChunkEncoder", SlowEncoder):  # as the new process inherits it
         process.start()
     deadline = time.monotonic() + 60
