@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pydoc_data.topics
+import signal
 import subprocess
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,29 @@ def _texts() -> dict[str, list[str]]:
         "Documentation (topics)": [text[:4000] for text in pydoc_data.topics.topics.values()][:40],
         "Package Metadata": [path.read_text(encoding="utf-8")[:2000] for path in metadata],
     }
+
+
+@pytest.fixture(autouse=True)
+def _keep_signals() -> Iterator[None]:
+    """Tools that run in this process set handlers of their own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a small input span many chunks and blocks, as a large one does."""
+    monkeypatch.setattr("megatron_acodm.preprocess.reader.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("megatron_acodm.preprocess.reader._BLOCK_BYTES", 700)
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, list[str]]:
+    """Real documents and awkward ones, by domain."""
+    from preprocessing import make_texts  # not above: it imports torch, before GPUs are hidden
+
+    return make_texts()
 
 
 @dataclass(frozen=True)

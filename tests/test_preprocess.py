@@ -7,7 +7,6 @@ import hashlib
 import json
 import multiprocessing
 import re
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from preprocessing import (
     contents,
     documents,
     load_main,
-    make_texts,
     record,
     records,
     run,
@@ -41,25 +39,6 @@ from megatron_acodm.preprocess.pool import WorkerDied, WorkerPool
 from megatron_acodm.preprocess.workspace import FOLDER_NAME
 
 main = load_main()
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a small input span many chunks and blocks, as a large one does."""
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 5000)
-    monkeypatch.setattr(reader, "_BLOCK_BYTES", 700)
-
-
-@pytest.fixture(scope="module")
-def texts() -> Texts:
-    return make_texts()
 
 
 # --- What is written ------------------------------------------------------------------------------

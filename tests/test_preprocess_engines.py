@@ -7,7 +7,6 @@ import importlib.util
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -31,13 +30,6 @@ from preprocessing import (
 from megatron_acodm.preprocess.workspace import FOLDER_NAME, Workspace
 
 main = load_main()
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -41,13 +40,6 @@ from megatron_acodm.preprocess.shard import ShardWriter
 from megatron_acodm.preprocess.workspace import FOLDER_NAME
 
 main = load_main()
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

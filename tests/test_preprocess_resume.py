@@ -46,13 +46,6 @@ DURABLE_STEPS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
 """Calls that change what is on the disk, between which a kill makes a difference."""
 
 
-@pytest.fixture(autouse=True)
-def _keep_signals() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Inputs that share domains, of which one has empty documents only, and one no document."""

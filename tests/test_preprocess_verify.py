@@ -6,8 +6,7 @@ import json
 import os
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,6 @@ from megatron_acodm.megatron.indexed import IndexCounts, read_index_counts, writ
 from megatron_acodm.preprocess.manifest import Manifest
 
 main = load_main()
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
