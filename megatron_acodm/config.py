@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 POLICIES = ("acodm", "static", "uniform")
-ESTIMATORS = ("exact", "sketch")
+ESTIMATORS = ("exact", "sketch", "captured")
 GRANULES = ("micro-batch", "sequence")
 PARAMETER_KINDS = ("fc1", "fc2", "qkv", "proj")
 
@@ -220,16 +220,22 @@ class BlendingConfig:
 class AlignmentConfig:
     """Which gradients are compared, and how."""
 
-    estimator: str = "exact"
+    estimator: str = "sketch"
     """One of ESTIMATORS.
 
-    ``exact`` keeps the gradient of the selected parameters once a domain. ``sketch`` keeps a random
-    projection of it to ``sketch_size`` numbers: far less memory and traffic, products within about
-    1 / sqrt(sketch_size) of the norms (docs/alignment.md).
+    ``sketch`` keeps a random projection of each domain's gradient to ``sketch_size`` numbers:
+    products within about 1 / sqrt(sketch_size) of the norms (docs/alignment.md). ``exact`` keeps
+    the gradient of the selected parameters itself, once a domain: far more memory and traffic.
+    ``captured`` is ``sketch`` for micro-batches of several domains (blending.granule ``sequence``):
+    it takes each sequence's gradient from the inputs and output gradients of the selected layers.
     """
 
     sketch_size: int = 16384
-    """Numbers a domain that estimator ``sketch`` keeps and sums over ranks; a multiple of 64."""
+    """Numbers a domain that ``sketch`` and ``captured`` keep and sum over ranks; multiple of 64."""
+
+    captured_width: int = 512
+    """Estimator ``captured``: numbers a token that a layer's inputs and output gradients are folded
+    to; products are within about sqrt(2 / captured_width) of the norms, mostly far closer."""
 
     coordinates: float | None = None
     """Estimator ``exact``: share of the coordinates that it keeps, chosen at random; None: all."""
@@ -277,6 +283,10 @@ class AlignmentConfig:
             64 <= self.sketch_size <= 1 << 24 and self.sketch_size % 64 == 0,
             f"alignment.sketch_size is {self.sketch_size}; it must be a multiple of 64, from 64 to "
             f"{1 << 24}",
+        )
+        _require(
+            self.captured_width >= 8,
+            f"alignment.captured_width is {self.captured_width}; it must be at least 8",
         )
         _require(
             self.coordinates is None or 0.0 < self.coordinates < 1.0,

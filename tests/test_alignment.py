@@ -60,7 +60,7 @@ def add_all(estimator: Any, step: list[tuple[int, list[torch.Tensor]]]) -> None:
 
 def test_exact_agrees_with_float64_on_one_process():
     step = micro_batches(seed=0, count=7)
-    estimator = build_estimator(AlignmentConfig(), numels(SHAPES), K, 0, "cpu")
+    estimator = build_estimator(AlignmentConfig(estimator="exact"), SHAPES, K, 0, "cpu")
     estimator.begin_step()
     add_all(estimator, step)
     for measured, expected in zip(estimator.products(), reference(step), strict=True):
@@ -173,7 +173,7 @@ def test_a_gradient_that_does_not_belong_is_refused(index, domain, size, message
 def test_an_impossible_number_of_domains_is_refused():
     for number in (0, 257):
         with pytest.raises(ValueError, match=f"{number} domains.*1 to 256"):
-            build_estimator(AlignmentConfig(), [4], number, 0, "cpu")
+            build_estimator(AlignmentConfig(), [(4,)], number, 0, "cpu")
 
 
 def test_the_config_names_exactly_the_estimators_there_are():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_acodm.alignment import (
+    CapturedEstimator,
     Estimator,
     ExactEstimator,
     SampledEstimator,
@@ -192,16 +193,24 @@ def test_alike_gradients_of_two_parameters_are_not_taken_for_alignment() -> None
 
 def test_the_config_chooses_the_estimator_and_its_size() -> None:
     built = build_estimator(
-        AlignmentConfig(estimator="sketch", sketch_size=128), [900], K, 0, "cpu"
+        AlignmentConfig(estimator="sketch", sketch_size=128), [(30, 30)], K, 0, "cpu"
     )
     assert isinstance(built, SketchEstimator)
     assert built.rows.shape == (K, 128)
-    kept = build_estimator(AlignmentConfig(coordinates=0.1), [900], K, 0, "cpu")
+    config = AlignmentConfig(estimator="exact", coordinates=0.1)
+    kept = build_estimator(config, [(30, 30)], K, 0, "cpu")
     assert isinstance(kept, SampledEstimator)
     kept.add_gradient(0, 0, torch.ones(900))
     assert int(kept.rows[0].count_nonzero()) == 90
     assert kept.products()[1][0].item() == pytest.approx(900)
-    assert type(build_estimator(AlignmentConfig(), [900], K, 0, "cpu")) is ExactEstimator
+    exact = build_estimator(AlignmentConfig(estimator="exact"), [(900,)], K, 0, "cpu")
+    assert type(exact) is ExactEstimator
+    config = AlignmentConfig(estimator="captured", sketch_size=192, captured_width=16)
+    captured = build_estimator(config, [(30, 30)], K, 0, "cpu")
+    assert isinstance(captured, CapturedEstimator)
+    assert captured.rows.shape == (K, 192)
+    assert captured.fold_input(0, torch.ones(2, 30)).shape == (2, 16)
+    assert isinstance(build_estimator(AlignmentConfig(), [(900,)], K, 0, "cpu"), SketchEstimator)
 
 
 def test_another_seed_is_another_map() -> None:
@@ -214,7 +223,7 @@ def test_another_seed_is_another_map() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"estimator": "sketched"}, "'sketched'; the estimators are exact, sketch"),
+        ({"estimator": "sketched"}, "'sketched'; the estimators are exact, sketch, captured"),
         ({"sketch_size": 1000}, "sketch_size is 1000; it must be a multiple of 64"),
         ({"sketch_size": 0}, "sketch_size is 0"),
         ({"coordinates": 1.5}, r"coordinates is 1.5; .*\(0, 1\)"),

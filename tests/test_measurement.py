@@ -17,7 +17,7 @@ from megatron_acodm.config import AlignmentConfig
 from megatron_acodm.megatron.model import TrainingModel
 from megatron_acodm.megatron.parameters import select_parameters
 
-CONFIG = AlignmentConfig(depths=(0.5, 1.0), num_probes=3)
+CONFIG = AlignmentConfig(estimator="exact", depths=(0.5, 1.0), num_probes=3)
 RUN = RunShape(train_iters=10, global_batch_size=12, micro_batch_size=2)
 SHARE = np.array([2, 1, 3, 0]) / 6  # domain 3 is not drawn
 BATCHES = micro_batches(6, seed=3)

@@ -26,7 +26,8 @@ def test_the_study_compares_every_estimator_with_float64(corpus: Corpus, tmp_pat
         exact = lines.pop(("exact", 32 * 128))
         assert exact["W"] < 1e-5
         assert exact["kendall"] == 1.0
-        assert {name for name, _ in lines} == {"sketch", "coordinates"}
+        widths = {f"captured, width {width}" for width in (16, 32, 64)}
+        assert {name for name, _ in lines} == {"sketch", "coordinates"} | widths
         assert all(1e-5 < row["W"] < 1 for row in lines.values())
         assert all(-1 <= row["kendall"] <= 1 for row in lines.values())
         default, *others = point["selections"].values()

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,23 @@ import torch
 from torch import Tensor
 
 from megatron_acodm import ops
-from megatron_acodm.alignment import Estimator, ExactEstimator, SampledEstimator, SketchEstimator
+from megatron_acodm.alignment import (
+    CapturedEstimator,
+    Estimator,
+    ExactEstimator,
+    GradientEstimator,
+    SampledEstimator,
+    SketchEstimator,
+)
 from megatron_acodm.arguments import build_parser, check_arguments
 from megatron_acodm.config import AlignmentConfig
 from megatron_acodm.megatron.groups import initialize_distributed
 from megatron_acodm.megatron.indexed import token_dtype
-from megatron_acodm.megatron.parameters import SelectedParameter, select_parameters
+from megatron_acodm.megatron.parameters import SelectedParameter, layer_of, select_parameters
 from megatron_acodm.preprocess.manifest import Manifest
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+WIDTHS = (16, 32, 64, 128, 256, 512)
 LINEAR = ("decoder.layers.*.linear_*.weight",)
 SELECTIONS: dict[str, AlignmentConfig] = {
     "fc2, depths 0.75 to 1 (default)": AlignmentConfig(),
@@ -68,6 +78,14 @@ class Texts:
         return torch.from_numpy(
             np.stack([tokens[s : s + self._length + 1] for s in starts]).astype(np.int64)
         )
+
+
+@dataclass
+class BackwardPasses:
+    """By the names of parameters: a list over micro-batches."""
+
+    gradients: dict[str, list[Tensor]]
+    sides: dict[str, list[tuple[Tensor, Tensor]]]  # inputs and output gradients of the layers
 
 
 class Host:
@@ -124,15 +142,25 @@ class Host:
         self.model.scheduler.step(increment=1)
         return loss
 
-    def gradients(self, batches: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        """Each linear weight's gradient of each micro-batch, as the hooks of a run see it."""
-        found: dict[str, list[Tensor]] = {}
+    def backward_passes(self, batches: Sequence[Tensor]) -> BackwardPasses:
+        """What a run's hooks see of each linear weight in each micro-batch."""
+        found = BackwardPasses({}, {})
         handles = []
         for selected in self.select(AlignmentConfig(parameters=LINEAR)):
-            kept = found.setdefault(selected.name, [])
-            handles.append(
-                selected.parameter.register_hook(lambda g, kept=kept: kept.append(g.clone()))
-            )
+            gradients = found.gradients.setdefault(selected.name, [])
+            sides = found.sides.setdefault(selected.name, [])
+
+            def forward(
+                module: Any, inputs: Any, output: Any, sides: list[tuple[Tensor, Tensor]] = sides
+            ) -> None:
+                output[0].register_hook(lambda grad: sides.append((inputs[0].detach(), grad)))
+
+            handles += [
+                selected.parameter.register_hook(
+                    lambda g, gradients=gradients: gradients.append(g.clone())
+                ),
+                layer_of(selected, self.model.chunks).register_forward_hook(forward),
+            ]
         self.accumulate(batches)
         for handle in handles:
             handle.remove()
@@ -179,8 +207,11 @@ def compare(gram: np.ndarray, W: np.ndarray, expected: np.ndarray) -> dict[str, 
     }
 
 
-def estimators(numels: Sequence[int], K: int, seed: int) -> dict[tuple[str, int], Estimator]:
+def estimators(
+    shapes: Sequence[Sequence[int]], K: int, seed: int
+) -> dict[tuple[str, int], Estimator]:
     """Every estimator and size, under one seed."""
+    numels = [math.prod(shape) for shape in shapes]
     total = sum(numels)
     found: dict[tuple[str, int], Estimator] = {}
     if seed == 0:
@@ -188,26 +219,47 @@ def estimators(numels: Sequence[int], K: int, seed: int) -> dict[tuple[str, int]
     for size in (size for size in SIZES if size < total):
         found["sketch", size] = SketchEstimator(numels, K, 0, "cpu", size, seed)
         found["coordinates", size] = SampledEstimator(numels, K, 0, "cpu", size / total, seed)
+    m = AlignmentConfig.sketch_size
+    for width in (width for width in WIDTHS if width < max(max(shape) for shape in shapes)):
+        estimator = CapturedEstimator(shapes, K, 0, "cpu", m, width, seed)
+        found[f"captured, width {width}", m] = estimator
     return found
 
 
+def add_step(
+    estimator: Estimator, passes: BackwardPasses, names: Sequence[str], domains: Sequence[int]
+) -> None:
+    """Give an estimator all micro-batches of a step."""
+    estimator.begin_step()
+    for micro_batch, domain in enumerate(domains):
+        for index, name in enumerate(names):
+            if isinstance(estimator, CapturedEstimator):
+                inputs, output_grad = passes.sides[name][micro_batch]
+                estimator.add_sides(
+                    index,
+                    [domain] * inputs.shape[1],
+                    estimator.fold_input(index, inputs),
+                    estimator.fold_output_grad(index, output_grad),
+                )
+            else:
+                assert isinstance(estimator, GradientEstimator)
+                estimator.add_gradient(index, domain, passes.gradients[name][micro_batch])
+
+
 def study_estimators(
-    gradients: dict[str, list[Tensor]],
+    passes: BackwardPasses,
     names: Sequence[str],
     domains: Sequence[int],
     expected: np.ndarray,
     seeds: int,
 ) -> list[dict[str, Any]]:
     """A line an estimator and size: medians over seeds of ``compare``, seconds, bytes."""
-    numels, K = [gradients[name][0].numel() for name in names], len(expected)
+    shapes, K = [passes.gradients[name][0].shape for name in names], len(expected)
     runs: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed in range(seeds):
-        for key, estimator in estimators(numels, K, seed).items():
+        for key, estimator in estimators(shapes, K, seed).items():
             start = time.perf_counter()
-            estimator.begin_step()
-            for micro_batch, domain in enumerate(domains):
-                for index, name in enumerate(names):
-                    estimator.add_gradient(index, domain, gradients[name][micro_batch])
+            add_step(estimator, passes, names, domains)
             W = estimator.products()[0].numpy()
             seconds = time.perf_counter() - start
             result = compare(ops.gram(estimator.rows).numpy(), W, expected)
@@ -232,12 +284,12 @@ def study_step(host: Host, texts: Texts, options: argparse.Namespace) -> dict[st
     lines: list[dict[str, Any]] = []
     for batch in range(options.batches):
         drawn = [texts.draw(domain, options.micro_batch_size) for domain in domains]
-        gradients = host.gradients(drawn)
+        passes = host.backward_passes(drawn)
         for key in SELECTIONS:
-            grams[key].append(reference_gram(gradients, names[key], domains, K))
+            grams[key].append(reference_gram(passes.gradients, names[key], domains, K))
         if batch == 0:
             expected = grams[DEFAULT][0]
-            lines = study_estimators(gradients, names[DEFAULT], domains, expected, options.seeds)
+            lines = study_estimators(passes, names[DEFAULT], domains, expected, options.seeds)
     first = grams[DEFAULT][0]
     noise = [compare(gram, alignment(gram), first) for gram in grams[DEFAULT][1:]]
     return {

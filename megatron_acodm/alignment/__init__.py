@@ -1,6 +1,12 @@
 """The alignment room: which way did each domain's gradient pull in this step?"""
 
-from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator, build_estimator
+from megatron_acodm.alignment.captured import CapturedEstimator
+from megatron_acodm.alignment.estimator import (
+    ESTIMATORS,
+    Estimator,
+    GradientEstimator,
+    build_estimator,
+)
 from megatron_acodm.alignment.exact import ExactEstimator
 from megatron_acodm.alignment.sampled import SampledEstimator
 from megatron_acodm.alignment.scores import mean_gradient_scores
@@ -9,8 +15,10 @@ from megatron_acodm.alignment.sketch import SketchEstimator
 
 __all__ = [
     "ESTIMATORS",
+    "CapturedEstimator",
     "Estimator",
     "ExactEstimator",
+    "GradientEstimator",
     "SampledEstimator",
     "SketchEstimator",
     "build_estimator",

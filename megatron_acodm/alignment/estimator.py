@@ -18,7 +18,7 @@ class Estimator(ABC):
     The order of a step, and what is summed over which ranks:
 
     1. ``begin_step()``;
-    2. for each micro-batch and selected parameter, ``add_gradient`` or ``add_growth``;
+    2. each micro-batch is added, in the way of the subclass;
     3. the caller sums ``packed()`` over DP×CP, in place: a product of sums is not the sum of
        products, so the rows must be whole before
     4. ``products()``, whose results the caller sums over TP×PP: a rank's products are over the
@@ -26,6 +26,78 @@ class Estimator(ABC):
        ranks hold must be given to one of them only.
 
     Each subclass decides what a row is: any linear function of the gradient.
+
+    Args:
+        num_domains: K, 1 to 256.
+        row_length: numbers that stand for a domain's gradient on this rank; may be 0.
+        num_extra: further numbers per step that travel in the same reduction.
+        device: where the numbers live.
+
+    Raises:
+        ValueError: ``num_domains`` is out of range, or a count is negative.
+    """
+
+    def __init__(
+        self, num_domains: int, row_length: int, num_extra: int, device: torch.device | str
+    ) -> None:
+        if num_domains < 1 or (row_length > 0 and num_domains > MAX_DOMAINS):
+            raise ValueError(
+                f"there are {num_domains} domains; alignment is measured between 1 to {MAX_DOMAINS}"
+            )
+        if min(row_length, num_extra) < 0:
+            raise ValueError(
+                f"row_length is {row_length} and num_extra {num_extra}; neither may be negative"
+            )
+        self.num_domains = num_domains
+        size = num_domains * row_length
+        self._packed = torch.zeros(size + num_extra, dtype=torch.float32, device=device)
+        self._rows = self._packed[:size].view(num_domains, row_length)
+        self.extra = self._packed[size:]
+        """[num_extra] float32: the caller's own statistics of the step."""
+
+    @abstractmethod
+    def begin_step(self) -> None:
+        """Forget the last step: rows and extra numbers are zero again."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Make what ``_rows`` holds readable, whatever a subclass has put off until now."""
+
+    @property
+    def rows(self) -> Tensor:
+        """[K, row_length] float32: what each domain's gradient amounts to so far."""
+        self._settle()
+        return self._rows
+
+    def packed(self) -> Tensor:
+        """Rows and extra numbers as one flat float32 tensor, to be summed over DP×CP in place."""
+        self._settle()
+        return self._packed
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that a rank puts into the reduction over DP×CP, per step."""
+        return self._packed.nbytes
+
+    def products(self) -> tuple[Tensor, Tensor]:
+        """This rank's part of the alignment, from the reduced rows.
+
+        Returns:
+            W: [K] float64, the product of each row with the sum of the others.
+            sq_norm: [K] float64, the squared norm of each row.
+        """
+        if self.rows.numel() == 0:
+            W = self.rows.new_zeros(self.num_domains, dtype=torch.float64)
+            return W, W.clone()
+        return domain_alignment(self.rows)
+
+    def _check_domain(self, domain: int) -> None:
+        if not 0 <= domain < self.num_domains:
+            raise ValueError(f"domain {domain} of a micro-batch is not in [0, {self.num_domains})")
+
+
+class GradientEstimator(Estimator):
+    """Is given the gradient of each micro-batch, which must be of one domain.
 
     Args:
         numels: size of each selected parameter that this rank contributes; may be empty.
@@ -46,36 +118,10 @@ class Estimator(ABC):
         num_extra: int,
         device: torch.device | str,
     ) -> None:
-        if num_domains < 1 or (row_length > 0 and num_domains > MAX_DOMAINS):
-            raise ValueError(
-                f"there are {num_domains} domains; alignment is measured between 1 to {MAX_DOMAINS}"
-            )
-        if min(row_length, num_extra, *numels) < 0:
-            raise ValueError(
-                f"the selected parameters have {list(numels)} numbers, row_length is {row_length} "
-                f"and num_extra {num_extra}; none may be negative"
-            )
-        self.num_domains = num_domains
+        if min(numels, default=0) < 0:
+            raise ValueError(f"the selected parameters have {list(numels)} numbers")
+        super().__init__(num_domains, row_length, num_extra, device)
         self._numels = list(numels)
-        size = num_domains * row_length
-        self._packed = torch.zeros(size + num_extra, dtype=torch.float32, device=device)
-        self._rows = self._packed[:size].view(num_domains, row_length)
-        self.extra = self._packed[size:]
-        """[num_extra] float32: the caller's own statistics of the step."""
-
-    @abstractmethod
-    def begin_step(self) -> None:
-        """Forget the last step: rows and extra numbers are zero again."""
-
-    @abstractmethod
-    def _settle(self) -> None:
-        """Make what ``_rows`` holds readable, whatever a subclass has put off until now."""
-
-    @property
-    def rows(self) -> Tensor:
-        """[K, row_length] float32: what each domain's gradient amounts to so far."""
-        self._settle()
-        return self._rows
 
     @abstractmethod
     def add_gradient(self, index: int, domain: int, grad: Tensor) -> None:
@@ -106,14 +152,8 @@ class Estimator(ABC):
             ValueError: the domain does not exist, or the size is not the parameter's.
         """
 
-    def packed(self) -> Tensor:
-        """Rows and extra numbers as one flat float32 tensor, to be summed over DP×CP in place."""
-        self._settle()
-        return self._packed
-
     def _check(self, index: int, domain: int, grad: Tensor) -> None:
-        if not 0 <= domain < self.num_domains:
-            raise ValueError(f"domain {domain} of a micro-batch is not in [0, {self.num_domains})")
+        self._check_domain(domain)
         self._check_size(index, grad, self._numels)
 
     @staticmethod
@@ -124,26 +164,9 @@ class Estimator(ABC):
                 f"parameter {numels[index]}"
             )
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes that a rank puts into the reduction over DP×CP, per step."""
-        return self._packed.nbytes
-
-    def products(self) -> tuple[Tensor, Tensor]:
-        """This rank's part of the alignment, from the reduced rows.
-
-        Returns:
-            W: [K] float64, the product of each row with the sum of the others.
-            sq_norm: [K] float64, the squared norm of each row.
-        """
-        if self.rows.numel() == 0:
-            W = self.rows.new_zeros(self.num_domains, dtype=torch.float64)
-            return W, W.clone()
-        return domain_alignment(self.rows)
-
 
 EstimatorBuilder = Callable[
-    [AlignmentConfig, Sequence[int], int, int, torch.device | str], Estimator
+    [AlignmentConfig, Sequence[Sequence[int]], int, int, torch.device | str], Estimator
 ]
 
 ESTIMATORS: dict[str, EstimatorBuilder] = {}
@@ -152,7 +175,7 @@ ESTIMATORS: dict[str, EstimatorBuilder] = {}
 
 def build_estimator(
     config: AlignmentConfig,
-    numels: Sequence[int],
+    shapes: Sequence[Sequence[int]],
     num_domains: int,
     num_extra: int,
     device: torch.device | str,
@@ -161,7 +184,7 @@ def build_estimator(
 
     Args:
         config: names the estimator and says how large it is.
-        numels: size of each selected parameter whose gradient this rank contributes. Empty on a
+        shapes: of each selected parameter (shard) whose gradient this rank contributes. Empty on a
             rank that holds none, say a pipeline stage without a selected layer.
         num_domains: K.
         num_extra: further float32 numbers per step that travel in the same reduction.
@@ -175,4 +198,4 @@ def build_estimator(
             f"alignment.estimator is {config.estimator!r}; the estimators are "
             f"{', '.join(sorted(ESTIMATORS))}"
         )
-    return ESTIMATORS[config.estimator](config, numels, num_domains, num_extra, device)
+    return ESTIMATORS[config.estimator](config, shapes, num_domains, num_extra, device)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_acodm.alignment.estimator import Estimator
+from megatron_acodm.alignment.estimator import GradientEstimator
 from megatron_acodm.ops import accumulate_domain_grad_
 
 _CACHE_LINE = 16  # float32 numbers in 64 bytes
 
 
-class ExactEstimator(Estimator):
+class ExactEstimator(GradientEstimator):
     """Keeps the gradient of each domain over the selected parameters, K×P float32.
 
     Each parameter starts on a cache line, and rows lie an odd number of cache lines apart, so
@@ -66,7 +66,7 @@ class ExactEstimator(Estimator):
                 seen.zero_()
 
     def add_gradient(self, index: int, domain: int, grad: Tensor) -> None:
-        """See ``Estimator.add_gradient``."""
+        """See ``GradientEstimator.add_gradient``."""
         self._check(index, domain, grad)
         target, grad = self._targets[index][domain], grad.detach().reshape(-1)
         if self._current[index][domain]:
@@ -76,7 +76,7 @@ class ExactEstimator(Estimator):
             self._current[index][domain] = True
 
     def add_growth(self, index: int, domain: int, main_grad: Tensor) -> None:
-        """See ``Estimator.add_growth``."""
+        """See ``GradientEstimator.add_growth``."""
         self._check(index, domain, main_grad)
         target, seen = self._targets[index][domain], self._seen[index]
         if seen is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,11 +52,11 @@ class SampledEstimator(ExactEstimator):
         ]
 
     def add_gradient(self, index: int, domain: int, grad: Tensor) -> None:
-        """See ``Estimator.add_gradient``."""
+        """See ``GradientEstimator.add_gradient``."""
         super().add_gradient(index, domain, self._sample(index, grad))
 
     def add_growth(self, index: int, domain: int, main_grad: Tensor) -> None:
-        """See ``Estimator.add_growth``."""
+        """See ``GradientEstimator.add_growth``."""
         super().add_growth(index, domain, self._sample(index, main_grad))
 
     def _sample(self, index: int, grad: Tensor) -> Tensor:
@@ -65,11 +66,12 @@ class SampledEstimator(ExactEstimator):
 
 def _build(
     config: AlignmentConfig,
-    numels: Sequence[int],
+    shapes: Sequence[Sequence[int]],
     num_domains: int,
     num_extra: int,
     device: torch.device | str,
 ) -> Estimator:
+    numels = [math.prod(shape) for shape in shapes]
     if config.coordinates is None:
         return ExactEstimator(numels, num_domains, num_extra, device)
     return SampledEstimator(numels, num_domains, num_extra, device, config.coordinates, config.seed)

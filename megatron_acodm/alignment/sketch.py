@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator
+from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator, GradientEstimator
 from megatron_acodm.config import AlignmentConfig
 from megatron_acodm.ops import add_sketch_
 
 _SKETCHED_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class SketchEstimator(Estimator):
+class SketchEstimator(GradientEstimator):
     """Keeps K×m numbers: the sum of the selected parameters' sketches, for each domain.
 
     Every parameter has a map of its own, so the sum sketches the whole gradient; how is told in
@@ -57,12 +58,12 @@ class SketchEstimator(Estimator):
                 seen.zero_()
 
     def add_gradient(self, index: int, domain: int, grad: Tensor) -> None:
-        """See ``Estimator.add_gradient``."""
+        """See ``GradientEstimator.add_gradient``."""
         self._check(index, domain, grad)
         self._add(self._rows[domain], index, grad)
 
     def add_growth(self, index: int, domain: int, main_grad: Tensor) -> None:
-        """See ``Estimator.add_growth``."""
+        """See ``GradientEstimator.add_growth``."""
         self._check(index, domain, main_grad)
         row, seen, now = self._rows[domain], self._seen[index], self._next
         if seen is None:
@@ -84,11 +85,12 @@ class SketchEstimator(Estimator):
 
 def _build(
     config: AlignmentConfig,
-    numels: Sequence[int],
+    shapes: Sequence[Sequence[int]],
     num_domains: int,
     num_extra: int,
     device: torch.device | str,
 ) -> Estimator:
+    numels = [math.prod(shape) for shape in shapes]
     return SketchEstimator(numels, num_domains, num_extra, device, config.sketch_size, config.seed)
 
 

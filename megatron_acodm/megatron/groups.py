@@ -59,18 +59,12 @@ def check_layout(model_chunks: Sequence[torch.nn.Module]) -> None:
     """
     from megatron.core import parallel_state
 
-    unsupported = {
-        "context parallelism": parallel_state.get_context_parallel_world_size(),
-        "expert parallelism": parallel_state.get_expert_model_parallel_world_size(),
-        "virtual pipeline parallelism": (
-            parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-        ),
-    }
-    for name, size in unsupported.items():
-        if size > 1:
-            raise ValueError(
-                f"{name} of size {size} is not supported with an online policy; set it to 1"
-            )
+    experts = parallel_state.get_expert_model_parallel_world_size()
+    if experts > 1:
+        raise ValueError(
+            f"expert parallelism of size {experts} is not supported with an online policy: ranks "
+            "hold different experts, which see different tokens; set it to 1"
+        )
     for chunk in model_chunks:
         config = getattr(chunk, "ddp_config", None)
         if config is None or config.use_megatron_fsdp:

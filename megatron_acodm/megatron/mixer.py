@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_acodm.blending import DataExhausted, Ledger, OnlineBlendedDataset
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron.builder import domain_name
+from megatron_acodm.megatron.capture import build_capture
 from megatron_acodm.megatron.groups import ParallelGroups, check_layout
 from megatron_acodm.megatron.measurement import StepMeasurement, StepStatistics
 from megatron_acodm.megatron.parameters import make_probes, select_parameters
@@ -104,7 +105,9 @@ class Mixer:
         self.domains, self.sizes, self._checksums = list(domains), list(sizes), list(checksums)
         blending, policy_class = self.config.blending, POLICIES[self.config.mixing.policy]
         self._needs_alignment = policy_class.needs_alignment
-        self._granule_size = granule_size(blending, self.run, self._needs_alignment)
+        self._granule_size = granule_size(
+            blending, self.config.alignment, self.run, self._needs_alignment
+        )
         self._minimum = minimum_quota(
             blending,
             len(self.domains),
@@ -175,11 +178,23 @@ class Mixer:
         num_layers = self._model_config.num_layers
         device = next(model_chunks[0].parameters()).device
         self._one = torch.ones(1, device=device)
+        alignment = self.config.alignment
+        parameters = (
+            select_parameters(model_chunks, num_layers, alignment) if self._needs_alignment else []
+        )
+        num_domains = len(self.domains)
         self.measurement = StepMeasurement(
-            self.config.alignment,
-            select_parameters(model_chunks, num_layers, self.config.alignment),
-            make_probes(model_chunks, num_layers, self.config.alignment),
-            len(self.domains),
+            build_capture(
+                alignment,
+                model_chunks,
+                parameters,
+                num_domains,
+                StepMeasurement.NUM_EXTRA * num_domains,
+                device,
+            ),
+            make_probes(model_chunks, num_layers, alignment),
+            alignment.num_probes,
+            num_domains,
             self._needs_alignment,
             self._groups,
             device,
@@ -262,7 +277,7 @@ class Mixer:
         count = self.num_samples(consumed_samples)
         samples = self.ledger.counts(consumed_samples, count)
         measured_before = self.measurement.seconds
-        statistics = self.measurement.finish(samples / samples.sum())
+        statistics = self.measurement.finish()
         decision = np.zeros(len(self.domains))
         rewards, diagnostics = None, {}
         if self._controller is not None:

@@ -97,6 +97,33 @@ def _weight(layer: torch.nn.Module, number: int, kind: str) -> torch.nn.Paramete
     return weight
 
 
+def layer_of(
+    selected: SelectedParameter, model_chunks: Sequence[torch.nn.Module]
+) -> torch.nn.Module:
+    """The linear layer whose weight was selected, where its input and output show the gradient.
+
+    Raises:
+        ValueError: it is no such weight.
+    """
+    for layer in _layers(model_chunks).values():
+        for path in _WEIGHT_OF_KIND.values():
+            module: Any = layer
+            for name in path:
+                module = getattr(module, name, None)
+            if getattr(module, "weight", None) is not selected.parameter:
+                continue
+            if hasattr(module, "layer_norm_weight"):
+                raise ValueError(
+                    f"alignment.estimator 'captured' cannot see what goes into {selected.name}: "
+                    f"{type(module).__name__} normalises its input within; select fc2 or proj"
+                )
+            return module
+    raise ValueError(
+        "alignment.estimator 'captured' measures the weights of linear layers, not "
+        f"{selected.name}; select fc1, fc2, qkv or proj weights"
+    )
+
+
 def select_parameters(
     model_chunks: Sequence[torch.nn.Module], num_layers: int, config: AlignmentConfig
 ) -> list[SelectedParameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from megatron_acodm.blending import Ledger
-from megatron_acodm.config import BlendingConfig
+from megatron_acodm.config import AlignmentConfig, BlendingConfig
 from megatron_acodm.megatron.run import RunShape
 
 logger = logging.getLogger(__name__)
@@ -27,19 +27,22 @@ def warn_of_small_domains(ledger: Ledger, config: BlendingConfig) -> None:
         )
 
 
-def granule_size(config: BlendingConfig, run: RunShape, needs_alignment: bool) -> int:
+def granule_size(
+    blending: BlendingConfig, alignment: AlignmentConfig, run: RunShape, needs_alignment: bool
+) -> int:
     """Consecutive samples that share a domain.
 
     Raises:
         ValueError: when the policy cannot tell the gradients of such granules apart.
     """
-    if config.granule == "micro-batch":
+    if blending.granule == "micro-batch":
         return run.micro_batch_size
-    if needs_alignment and run.micro_batch_size > 1:
+    if needs_alignment and run.micro_batch_size > 1 and alignment.estimator != "captured":
         raise ValueError(
-            "blending.granule is 'sequence' and the policy compares gradients, which micro-batches "
-            f"of {run.micro_batch_size} sequences of several domains do not tell apart; use "
-            "'micro-batch', or a micro-batch size of 1"
+            "blending.granule is 'sequence' and the policy compares gradients, which estimator "
+            f"{alignment.estimator!r} does not tell apart in micro-batches of "
+            f"{run.micro_batch_size} sequences of several domains; use alignment.estimator "
+            "'captured', the granule 'micro-batch', or a micro-batch size of 1"
         )
     return 1
 
