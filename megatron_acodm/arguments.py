@@ -124,6 +124,10 @@ def _add_acodm(group: Any) -> None:
     group.add_argument("--acodm-policy", choices=(*POLICIES, "none"),
                        help="default: the config's, else acodm; none: Megatron's static "
                        "blend")  # fmt: skip
+    group.add_argument("--acodm-weights", metavar="FILE",
+                       help="policy static: JSON or YAML file with the weights, as a mapping from "
+                       "domain to weight or as DoReMi, DoGE or RegMix publish theirs; default: "
+                       "natural weights")  # fmt: skip
     group.add_argument("--acodm-decision-lag", type=int)
     group.add_argument("--acodm-granule", choices=GRANULES,
                        help="what is of one domain as a whole")  # fmt: skip
@@ -162,9 +166,13 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
     if args.acodm_policy == "none":
         return None
     config = AcodmConfig.from_yaml(args.acodm_config) if args.acodm_config else AcodmConfig()
+    if args.acodm_weights is not None:  # in place of those of the YAML file
+        unweighted = dataclasses.replace(config.mixing, weights=None, weights_file=None)
+        config = dataclasses.replace(config, mixing=unweighted)
     overrides: dict[str, dict[str, Any]] = {
         "mixing": {
             "policy": args.acodm_policy,
+            "weights_file": args.acodm_weights,
             "initial_weights": args.acodm_initial_weights,
             "min_weight": args.acodm_min_weight,
             "max_weight": args.acodm_max_weight,

@@ -11,89 +11,14 @@ from typing import Any
 
 import yaml
 
-POLICIES = ("acodm", "static", "uniform")
+from megatron_acodm.checks import require, require_in_range
+from megatron_acodm.policy_config import AdoConfig, AgentConfig, OdmConfig, PikeConfig
+from megatron_acodm.weights_file import read_weights
+
+POLICIES = ("acodm", "static", "uniform", "odm", "ado", "pike")
 ESTIMATORS = ("exact", "sketch", "captured")
 GRANULES = ("micro-batch", "sequence")
 PARAMETER_KINDS = ("fc1", "fc2", "qkv", "proj")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_in_range(name: str, value: float, low: float, high: float) -> None:
-    _require(low <= value <= high, f"{name} is {value}; it must lie in [{low:g}, {high:g}]")
-
-
-@dataclass(frozen=True)
-class AgentConfig:
-    """The actor-critic agent of policy ``acodm`` (paper section 3; DDPG)."""
-
-    hidden_size: int = 256
-    """Width of every hidden layer of actor and critic (paper: 1024)."""
-
-    num_layers: int = 2
-    """Hidden layers of actor and of critic (paper: 5)."""
-
-    actor_lr: float = 1e-4
-    """Adam learning rate of the actor."""
-
-    critic_lr: float = 3e-4
-    """Adam learning rate of the critic."""
-
-    gamma: float = 0.95
-    """Discount of the next state's value (paper: 0.95)."""
-
-    tau: float = 0.001
-    """Share of the online networks that the targets take over at each update (paper: 0.001)."""
-
-    replay_capacity: int = 10_000
-    """Transitions kept; the oldest leave first (paper: 10,000)."""
-
-    replay_batch_size: int = 32
-    """Transitions per update (paper: 32)."""
-
-    replay_recency: float = 3.0
-    """How much newer transitions are preferred: age = size * u^recency (1: uniform, the paper)."""
-
-    exploration_std: float = 0.02
-    """Standard deviation of the noise added to the weights while exploring (paper: 0.02)."""
-
-    exploration_fraction: float = 0.02
-    """Share of the run's steps that explore (paper: 833 of 41,667 steps)."""
-
-    reward_smoothing: float = 0.9
-    """xi in reward <- xi * reward + (1 - xi) * alignment, for each domain."""
-
-    updates_per_step: int = 1
-    """Gradient updates of actor and critic per training step."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "num_layers",
-            "replay_capacity",
-            "replay_batch_size",
-            "updates_per_step",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, f"agent.{name} is {value}; it must be at least 1")
-        for name in ("actor_lr", "critic_lr"):
-            value = getattr(self, name)
-            _require(value > 0, f"agent.{name} is {value}; it must be positive")
-        for name in ("gamma", "tau", "reward_smoothing", "exploration_fraction"):
-            _require_in_range(f"agent.{name}", getattr(self, name), 0.0, 1.0)
-        _require(
-            self.replay_recency >= 1.0,
-            f"agent.replay_recency is {self.replay_recency}; it must be at least 1 (uniform)",
-        )
-        _require_in_range("agent.exploration_std", self.exploration_std, 0.0, 1.0)
-        _require(
-            self.replay_batch_size <= self.replay_capacity,
-            f"agent.replay_batch_size is {self.replay_batch_size}, more than "
-            f"agent.replay_capacity {self.replay_capacity}; lower the batch or raise the capacity",
-        )
 
 
 @dataclass(frozen=True)
@@ -106,13 +31,20 @@ class MixingConfig:
     weights: dict[str, float] | None = None
     """Policy ``static``: weight by domain, any positive scale; None means natural weights."""
 
+    weights_file: str | None = None
+    """Policy ``static``: file that ``weights`` is read from.
+
+    JSON or YAML: a mapping from domain to weight, or what DoReMi, DoGE or RegMix publish.
+    """
+
     initial_weights: str = "natural"
     """The mixture before the policy has seen anything: ``natural`` (by size) or ``uniform``."""
 
     min_weight: float | None = None
     """Lowest share an online policy may give to a domain.
 
-    None: a tenth of the uniform share, or what blending.minimum_quota amounts to, if that is more.
+    None: what blending.minimum_quota amounts to, or the policy's own, if that is more: a tenth of
+    the uniform share (acodm, pike), 0.01 (ado), its exploration rate (odm).
     """
 
     max_weight: float = 1.0
@@ -121,23 +53,48 @@ class MixingConfig:
     agent: AgentConfig = field(default_factory=AgentConfig)
     """The agent of policy ``acodm``."""
 
+    odm: OdmConfig = field(default_factory=OdmConfig)
+    """Policy ``odm``."""
+
+    ado: AdoConfig = field(default_factory=AdoConfig)
+    """Policy ``ado``."""
+
+    pike: PikeConfig = field(default_factory=PikeConfig)
+    """Policy ``pike``."""
+
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.policy in POLICIES,
             f"mixing.policy is {self.policy!r}; the policies are {', '.join(POLICIES)}",
         )
-        _require(
+        require(
             self.initial_weights in ("natural", "uniform"),
             f"mixing.initial_weights is {self.initial_weights!r}; use 'natural' or 'uniform'",
         )
-        _require_in_range("mixing.max_weight", self.max_weight, 0.0, 1.0)
+        require_in_range("mixing.max_weight", self.max_weight, 0.0, 1.0)
         if self.min_weight is not None:
-            _require_in_range("mixing.min_weight", self.min_weight, 0.0, self.max_weight)
-        _require(
+            require_in_range("mixing.min_weight", self.min_weight, 0.0, self.max_weight)
+        require(
             self.weights is None or self.policy == "static",
             f"mixing.weights is for policy 'static', not {self.policy!r}; remove the weights or "
             "change the policy",
         )
+        if self.weights_file is not None:
+            self._read_weights_file(self.weights_file)
+
+    def _read_weights_file(self, path: str) -> None:
+        """Fill in ``weights``, so that they are what a run records and compares."""
+        require(
+            self.policy == "static",
+            f"mixing.weights_file is for policy 'static', not {self.policy!r}; remove it or change "
+            "the policy",
+        )
+        weights = read_weights(path)
+        require(
+            self.weights is None or self.weights == weights,
+            f"mixing.weights differ from those of mixing.weights_file {path}; give one of them",
+        )
+        object.__setattr__(self, "weights", weights)
 
 
 @dataclass(frozen=True)
@@ -184,22 +141,22 @@ class BlendingConfig:
     """
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.granule in GRANULES,
             f"blending.granule is {self.granule!r}; the granules are {', '.join(GRANULES)}",
         )
-        _require(
+        require(
             self.minimum_quota is None or self.minimum_quota >= 0,
             f"blending.minimum_quota is {self.minimum_quota}; it must be at least 0",
         )
         cap = self.max_epochs
-        _require(
+        require(
             self.repetition in ("repeat", "error") or (cap is not None and 0 < cap < math.inf),
             f"blending.repetition is {self.repetition!r}; use 'repeat', 'cap N' with a positive "
             "number N of epochs, or 'error'",
         )
-        _require_in_range("blending.decision_lag", self.decision_lag, 0, 64)
-        _require(
+        require_in_range("blending.decision_lag", self.decision_lag, 0, 64)
+        require(
             self.stage_timeout_s > 0,
             f"blending.stage_timeout_s is {self.stage_timeout_s}; it must be positive",
         )
@@ -260,46 +217,46 @@ class AlignmentConfig:
     """Layers, evenly spread over the depth, whose weight norms the state holds."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.estimator in ESTIMATORS,
             f"alignment.estimator is {self.estimator!r}; the estimators are "
             f"{', '.join(ESTIMATORS)}",
         )
-        _require(
+        require(
             self.kind in PARAMETER_KINDS,
             f"alignment.kind is {self.kind!r}; the kinds are {', '.join(PARAMETER_KINDS)}",
         )
-        _require(len(self.depths) > 0, "alignment.depths is empty; name at least one depth")
+        require(len(self.depths) > 0, "alignment.depths is empty; name at least one depth")
         for depth in self.depths:
-            _require(
+            require(
                 0.0 < depth <= 1.0,
                 f"alignment.depths holds {depth}; a depth lies in (0, 1], 1 is the last layer",
             )
-        _require(
+        require(
             self.parameters is None or len(self.parameters) > 0,
             "alignment.parameters is empty; name parameters, or leave it out for kind and depths",
         )
-        _require(
+        require(
             64 <= self.sketch_size <= 1 << 24 and self.sketch_size % 64 == 0,
             f"alignment.sketch_size is {self.sketch_size}; it must be a multiple of 64, from 64 to "
             f"{1 << 24}",
         )
-        _require(
+        require(
             self.captured_width >= 8,
             f"alignment.captured_width is {self.captured_width}; it must be at least 8",
         )
-        _require(
+        require(
             self.coordinates is None or 0.0 < self.coordinates < 1.0,
             f"alignment.coordinates is {self.coordinates}; a share of coordinates lies in (0, 1), "
             "leave it out for all of them",
         )
-        _require(
+        require(
             self.coordinates is None or self.estimator == "exact",
             "alignment.coordinates is for estimator 'exact', not "
             f"{self.estimator!r}; choose one of them",
         )
-        _require_in_range("alignment.seed", self.seed, 0, 2**32 - 1)
-        _require(self.num_probes >= 1, f"alignment.num_probes is {self.num_probes}; at least 1")
+        require_in_range("alignment.seed", self.seed, 0, 2**32 - 1)
+        require(self.num_probes >= 1, f"alignment.num_probes is {self.num_probes}; at least 1")
 
 
 @dataclass(frozen=True)
@@ -349,17 +306,18 @@ _SECTIONS = {
     "blending": BlendingConfig,
     "alignment": AlignmentConfig,
     "agent": AgentConfig,
+    "odm": OdmConfig,
+    "ado": AdoConfig,
+    "pike": PikeConfig,
 }
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
-    _require(
-        isinstance(values, dict), f"{prefix or 'the config'} must be a mapping, not {values!r}"
-    )
+    require(isinstance(values, dict), f"{prefix or 'the config'} must be a mapping, not {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():
-        _require(
+        require(
             key in fields,
             f"unknown key {prefix}{key}; the keys here are {', '.join(sorted(fields))}",
         )

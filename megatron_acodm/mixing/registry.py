@@ -6,12 +6,16 @@ import numpy as np
 
 from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.acodm import AcodmPolicy
+from megatron_acodm.mixing.ado import AdoPolicy
+from megatron_acodm.mixing.odm import OdmPolicy
+from megatron_acodm.mixing.pike import PikePolicy
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.static import StaticPolicy
 from megatron_acodm.mixing.uniform import UniformPolicy
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (AcodmPolicy, StaticPolicy, UniformPolicy)
+    policy.name: policy
+    for policy in (AcodmPolicy, StaticPolicy, UniformPolicy, OdmPolicy, AdoPolicy, PikePolicy)
 }
 """Policy class by the name in ``mixing.policy``."""
 

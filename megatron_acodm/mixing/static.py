@@ -14,7 +14,11 @@ from megatron_acodm.mixing.simplex import Bounds, natural_weights
 
 
 class StaticPolicy(Policy):
-    """Draws every batch with ``mixing.weights``, by default in proportion to the domains' sizes."""
+    """Draws every batch with ``mixing.weights``, by default in proportion to the domains' sizes.
+
+    So it runs what was found before the run: the weights of DoReMi (arXiv 2305.10429), DoGE
+    (arXiv 2310.15393), RegMix (arXiv 2407.01492), read from the files that they publish.
+    """
 
     name: ClassVar[str] = "static"
 
@@ -25,19 +29,19 @@ class StaticPolicy(Policy):
         if config.weights is None:
             self.initial_weights = natural_weights(setting.sizes)
         else:
-            self.initial_weights = _given_weights(config.weights, setting)
+            self.initial_weights = _given_weights(config.weights, setting, config.weights_file)
 
     def decide(self, observation: Observation) -> np.ndarray:
         """The given weights [K]."""
         return self.initial_weights
 
 
-def _given_weights(weights: dict[str, float], setting: Setting) -> np.ndarray:
+def _given_weights(weights: dict[str, float], setting: Setting, source: str | None) -> np.ndarray:
     unknown = sorted(set(weights) - set(setting.domains))
     missing = sorted(set(setting.domains) - set(weights))
     if unknown or missing:
         raise ValueError(
-            "mixing.weights must name every domain once"
+            f"mixing.weights{f' from {source}' if source else ''} must name every domain once"
             + (f"; unknown: {', '.join(unknown)}" if unknown else "")
             + (f"; missing: {', '.join(missing)} (0 leaves a domain out)" if missing else "")
         )
