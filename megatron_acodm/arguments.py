@@ -128,6 +128,11 @@ def _add_acodm(group: Any) -> None:
                        help="policy static: JSON or YAML file with the weights, as a mapping from "
                        "domain to weight or as DoReMi, DoGE or RegMix publish theirs; default: "
                        "natural weights")  # fmt: skip
+    group.add_argument("--acodm-save-policy", metavar="FILE",
+                       help="policy acodm: write what it learned to FILE.safetensors and .json, "
+                       "at every checkpoint and at the end")  # fmt: skip
+    group.add_argument("--acodm-load-policy", metavar="FILE",
+                       help="policy frozen: what another run learned")  # fmt: skip
     group.add_argument("--acodm-decision-lag", type=int)
     group.add_argument("--acodm-granule", choices=GRANULES,
                        help="what is of one domain as a whole")  # fmt: skip
@@ -173,6 +178,7 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
         "mixing": {
             "policy": args.acodm_policy,
             "weights_file": args.acodm_weights,
+            "policy_file": args.acodm_load_policy,
             "initial_weights": args.acodm_initial_weights,
             "min_weight": args.acodm_min_weight,
             "max_weight": args.acodm_max_weight,

@@ -15,7 +15,7 @@ from megatron_acodm.checks import require, require_in_range
 from megatron_acodm.policy_config import AdoConfig, AgentConfig, OdmConfig, PikeConfig
 from megatron_acodm.weights_file import read_weights
 
-POLICIES = ("acodm", "static", "uniform", "odm", "ado", "pike")
+POLICIES = ("acodm", "static", "uniform", "frozen", "odm", "ado", "pike")
 ESTIMATORS = ("exact", "sketch", "captured")
 GRANULES = ("micro-batch", "sequence")
 PARAMETER_KINDS = ("fc1", "fc2", "qkv", "proj")
@@ -36,6 +36,9 @@ class MixingConfig:
 
     JSON or YAML: a mapping from domain to weight, or what DoReMi, DoGE or RegMix publish.
     """
+
+    policy_file: str | None = None
+    """Policy ``frozen``: the policy, as a run with --acodm-save-policy wrote it."""
 
     initial_weights: str = "natural"
     """The mixture before the policy has seen anything: ``natural`` (by size) or ``uniform``."""
@@ -78,6 +81,11 @@ class MixingConfig:
             self.weights is None or self.policy == "static",
             f"mixing.weights is for policy 'static', not {self.policy!r}; remove the weights or "
             "change the policy",
+        )
+        require(
+            self.policy_file is None or self.policy == "frozen",
+            f"mixing.policy_file is for policy 'frozen', not {self.policy!r}; remove it or change "
+            "the policy",
         )
         if self.weights_file is not None:
             self._read_weights_file(self.weights_file)

@@ -12,10 +12,12 @@ from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.agent import DDPGAgent, Losses
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
+from megatron_acodm.mixing.rails import restricted
 from megatron_acodm.mixing.replay import ReplayBuffer, Transitions
 from megatron_acodm.mixing.reward import RewardTracker
 from megatron_acodm.mixing.simplex import Bounds, entropy, natural_weights, uniform_weights
 from megatron_acodm.mixing.state import StateEncoder
+from megatron_acodm.mixing.transfer import SavedPolicy
 
 
 class AcodmPolicy(Policy):
@@ -75,9 +77,7 @@ class AcodmPolicy(Policy):
 
     def restrict(self, available: np.ndarray) -> None:
         """Mask the other domains out of the action, now and in every mixture to come."""
-        count = int(available.sum())
-        floor, ceiling = self.bounds.floor.max(), max(self.bounds.ceiling.max(), 1.0 / count)
-        self.bounds = Bounds.build(available, min(floor, ceiling), ceiling)
+        self.bounds = restricted(self.bounds, available)
         self.agent.restrict(self.bounds)
 
     def interrupt(self) -> None:
@@ -119,6 +119,25 @@ class AcodmPolicy(Policy):
         self._noise.set_state(state["noise"])
         self._previous = None if state["previous"] is None else state["previous"].clone()
         self._weights = state["weights"].numpy().copy()
+
+    def exported(self, provenance: dict[str, Any]) -> SavedPolicy:
+        """The actor as it is, for policy ``frozen``.
+
+        Args:
+            provenance: of this run, for people to read.
+        """
+        actor = self.agent.actor.network.state_dict()
+        return SavedPolicy(
+            domains=list(self.setting.domains),
+            num_probes=self.setting.num_probes,
+            hidden_size=self.config.hidden_size,
+            num_layers=self.config.num_layers,
+            min_weight=float(self.bounds.floor.max()),
+            max_weight=float(self.bounds.ceiling.max()),
+            prior=torch.from_numpy(self.initial_weights.copy()),
+            actor={name: value.detach().clone() for name, value in actor.items()},
+            provenance=provenance,
+        )
 
     def _sample(self) -> Transitions:
         """A replay batch on the scales of today."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,3 +41,19 @@ class Observation:
 
     weight_delta_norm: np.ndarray | None
     """[D] float64: root mean square of their change since the step before."""
+
+    def in_order(self, order: np.ndarray) -> Observation:
+        """The same with domain ``order[i]`` in place i; ``order`` is a permutation [K]."""
+
+        def taken(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[order]
+
+        return replace(
+            self,
+            weights=self.weights[order],
+            samples=self.samples[order],
+            available=self.available[order],
+            loss=self.loss[order],
+            alignment=taken(self.alignment),
+            grad_sq_norm=taken(self.grad_sq_norm),
+        )

@@ -7,6 +7,7 @@ import numpy as np
 from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.acodm import AcodmPolicy
 from megatron_acodm.mixing.ado import AdoPolicy
+from megatron_acodm.mixing.frozen import FrozenPolicy
 from megatron_acodm.mixing.odm import OdmPolicy
 from megatron_acodm.mixing.pike import PikePolicy
 from megatron_acodm.mixing.policy import Policy, Setting
@@ -15,7 +16,15 @@ from megatron_acodm.mixing.uniform import UniformPolicy
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
-    for policy in (AcodmPolicy, StaticPolicy, UniformPolicy, OdmPolicy, AdoPolicy, PikePolicy)
+    for policy in (
+        AcodmPolicy,
+        StaticPolicy,
+        UniformPolicy,
+        FrozenPolicy,
+        OdmPolicy,
+        AdoPolicy,
+        PikePolicy,
+    )
 }
 """Policy class by the name in ``mixing.policy``."""
 
