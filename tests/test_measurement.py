@@ -49,12 +49,13 @@ def _measure(
 ) -> Any:
     """Statistics of one whole step of the patched host."""
     mixer = _mixer(model, config)
-    with mixer.step(1, 0):
+    with mixer.step(1, 0) as step:
         for _ in range(runs):
             forward_backward(model, batches)
         model.optimizer.step()
+    statistics = step.report().statistics
     megatron_acodm.unpatch()
-    return mixer.report.statistics
+    return statistics
 
 
 def _reference(model: TrainingModel) -> tuple[np.ndarray, np.ndarray]:
@@ -270,11 +271,13 @@ def test_a_ledger_that_differs_from_rank_0s_ends_the_step(monkeypatch: pytest.Mo
         message[-1] += 1
 
     monkeypatch.setattr(torch.distributed, "broadcast", broadcast_of_another_ledger)
-    decided = mixer.ledger.num_samples
-    with pytest.raises(RuntimeError, match="ledger of rank 0 differs"), mixer.step(1, 0):
+    with mixer.step(1, 0) as step:
         forward_backward(model, BATCHES)
         model.optimizer.step()
-    assert mixer.ledger.num_samples == decided
+    with pytest.raises(RuntimeError, match="ledger of rank 0 differs"):
+        step.report()
+    with pytest.raises(RuntimeError, match="ledger of rank 0 differs"), mixer.step(2, 12):
+        forward_backward(model, BATCHES)
 
 
 def test_a_step_at_another_sample_than_the_ledgers_is_refused() -> None:

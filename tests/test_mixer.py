@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,66 @@ def test_the_advice_to_adopt_is_given_for_domains_only(
     assert "--acodm-adopt" not in str(caught.value)
     with pytest.raises(ValueError, match="order of the domains(.|\n)*--acodm-adopt"):
         load_sidecar(_mixer(model, {"b": 50, "a": 50}), tmp_path, 1)
+
+
+def _hold_decisions(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Keep the policy from deciding until the event is set."""
+    assert mixer.controller is not None
+    go_on, decide = threading.Event(), mixer.controller.policy.decide
+
+    def held(observation: Any) -> np.ndarray:
+        assert go_on.wait(timeout=60), "the step waited for the decision"
+        return decide(observation)
+
+    monkeypatch.setattr(mixer.controller.policy, "decide", held)
+    return go_on
+
+
+def test_the_next_step_runs_while_a_decision_is_made(
+    model: TrainingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"a": 100, "b": 100, "c": 100}
+    free = _mixer(model, sizes)
+    _train(free, model, until=4)
+    expected = [_weights(free, iteration) for iteration in range(1, 7)]
+    mixer = _mixer(model, sizes)
+    go_on = _hold_decisions(mixer, monkeypatch)
+    _train(mixer, model, until=1)
+    with mixer.step(2, 16):
+        forward_backward(model, [BATCHES[(2 + i) % len(BATCHES)] for i in range(8)])
+        assert not go_on.is_set()
+        go_on.set()
+    _train(mixer, model, done=2, until=4)
+    for iteration, weights in enumerate(expected, start=1):
+        np.testing.assert_array_equal(_weights(mixer, iteration), weights)
+    assert len({tuple(weights) for weights in expected}) > 2
+
+
+def test_who_asks_from_outside_gets_what_the_last_step_decided(model: TrainingModel) -> None:
+    mixer = _mixer(model, {"a": 100, "b": 100, "c": 100})
+    for iteration in (1, 2, 3):
+        _train(mixer, model, done=iteration - 1, until=iteration)
+        assert mixer.ledger.num_samples == 16 * (iteration + 2)  # with a lag of 1
+
+
+def test_without_a_lag_the_step_ends_with_its_decision(
+    model: TrainingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = _mixer(model, {"a": 100, "b": 100, "c": 100}, decision_lag=0)
+    go_on = _hold_decisions(mixer, monkeypatch)
+    threading.Timer(0.5, go_on.set).start()
+    with mixer.step(1, 0) as step:
+        forward_backward(model, BATCHES)
+        assert not go_on.is_set()
+    assert go_on.is_set()
+    assert step.mixing_seconds > 0.1
+    assert mixer.num_samples(16) == 16
+
+
+def test_a_step_has_no_report_before_its_end(model: TrainingModel) -> None:
+    mixer = _mixer(model, {"a": 100, "b": 100, "c": 100})
+    with mixer.step(1, 0) as step:
+        with pytest.raises(RuntimeError, match="the step is not over"):
+            step.report()
+        forward_backward(model, BATCHES)
+    assert step.report().samples.sum() == 16

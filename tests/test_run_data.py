@@ -71,7 +71,7 @@ def test_gradients_of_mixed_micro_batches_cannot_be_compared(train: Train) -> No
     arguments = (*QUIET, "--train-iters", "2", "--acodm-granule", "sequence")
     refused = train(*arguments)
     assert refused.code != 0
-    assert "use 'micro-batch', or a micro-batch size of 1" in refused.output
+    assert "use alignment.estimator 'captured', the granule 'micro-batch'" in refused.output
     assert "Traceback" not in refused.output
     assert train(*arguments, "--micro-batch-size", "1").code == 0
 

@@ -40,4 +40,4 @@ class Folding:
         if self.size == self.width:
             return vectors.float()
         dealt = vectors.index_select(-1, self._order).unflatten(-1, self._signs.shape)
-        return (dealt * self._signs.to(vectors.dtype)).sum(-2, dtype=torch.float32)
+        return dealt.mul_(self._signs.to(vectors.dtype)).sum(-2, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ class ParallelGroups:
     """Tensor and pipeline parallel ranks: they hold different parts of the model."""
 
     control: dist.ProcessGroup
-    """All ranks, over gloo: K weights a step travel here without touching the device."""
+    """All ranks, over gloo: K weights a step travel here without touching the device.
+
+    A group of its own, as they travel while the host uses the others.
+    """
 
     data_rank: int
     data_size: int
@@ -37,18 +41,21 @@ class ParallelGroups:
         """Take Megatron's initialised groups; collective (creates the control group)."""
         from megatron.core import parallel_state
 
-        world = dist.group.WORLD
-        assert world is not None
-        on_gloo = dist.get_backend() == "gloo"
         return cls(
             data=parallel_state.get_data_parallel_group(with_context_parallel=True),
             model=parallel_state.get_model_parallel_group(),
-            control=world if on_gloo else dist.new_group(backend="gloo"),
+            control=_control_group(dist.group.WORLD),
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             owns_loss=parallel_state.is_pipeline_last_stage()
             and parallel_state.get_tensor_model_parallel_rank() == 0,
         )
+
+
+@functools.cache
+def _control_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    del world  # one for each time that torch.distributed was started
+    return dist.new_group(backend="gloo")
 
 
 def check_layout(model_chunks: Sequence[torch.nn.Module]) -> None:

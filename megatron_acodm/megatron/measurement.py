@@ -31,6 +31,7 @@ class StepStatistics:
     grad_sq_norm: np.ndarray | None  # [K]
     weight_norm: np.ndarray  # [D] root mean square of the probed weights
     weight_delta_norm: np.ndarray  # [D] root mean square of their change in this step
+    reduced_bytes: int  # that this rank put into the step's reductions, and into gathering
 
     @property
     def mean_loss(self) -> float:
@@ -79,14 +80,10 @@ class StepMeasurement:
         self._groups = groups
         self._device = device
         self._active = False
+        self._store: Sequence[Any] | None = None
+        self._work: dist.Work | None = None
         self.seconds = 0.0
         self._handles = capture.register(lambda: self._active, self._on_backward)
-
-    @property
-    def reduced_bytes(self) -> int:
-        """Bytes that this rank put into the two reductions of the last step, and into gathering."""
-        vector = 5 * self._num_domains + 3 * self._num_probes + 1
-        return self.estimator.packed_bytes + 8 * vector + self._capture.sent_bytes
 
     def begin(self, domains: np.ndarray, grad_scale: torch.Tensor, per_token: bool) -> None:
         """Start a step whose micro-batches on this rank are of the given domains, in order.
@@ -100,17 +97,19 @@ class StepMeasurement:
         self._num_micro_batches = len(domains)
         self._domains: list[list[int]] = domains.tolist()
         self._is_pure = bool((domains == domains[:, :1]).all())
-        if not self._is_pure:
-            self._domains_on_device = torch.from_numpy(domains).long().to(self._device)
+        self._domains_on_device = torch.from_numpy(domains).long().to(self._device)
         self._grad_scale = grad_scale
         self._per_token = per_token
-        self._store: Sequence[Any] | None = None
+        self._store = None
         self._reset()
         self._active = True
 
     def _reset(self) -> None:
+        if self._work is not None:  # the rows are still being summed
+            self._work.wait()
+            self._work = None
         self._calls = [0] * len(self._capture.names)
-        self._forwards = 0
+        self._reports: list[Any] = []  # losses of the micro-batches so far
         self._reduced = False
         self._capture.sent_bytes = 0
         self.estimator.begin_step()
@@ -150,36 +149,32 @@ class StepMeasurement:
             if self._store is not None:
                 self._reset()  # the host runs the step again
             self._store = forward_data_store
-        if len(forward_data_store) > self._forwards:
-            self._forwards = len(forward_data_store)
-            if self._groups.owns_loss:
-                self._add_losses(report, sequences, self._forwards - 1)
+        if len(forward_data_store) > len(self._reports):
+            self._reports.append(_loss_and_tokens(report) if self._is_pure else sequences)
         self.seconds += time.perf_counter() - start
 
-    def _add_losses(self, report: Any, sequences: torch.Tensor | None, micro_batch: int) -> None:
-        loss_sums, tokens, shares = self.estimator.extra.view(self.NUM_EXTRA, self._num_domains)
-        if self._is_pure:
-            domain = self._domains[micro_batch][0]
-            loss_sum, count = _loss_and_tokens(report)
-            loss_sums[domain] += loss_sum
-            tokens[domain] += count
-            shares[domain] += count.clamp(max=1.0)  # 0 where every token is masked
-            return
-        if sequences is None:
+    def _add_losses(self) -> None:
+        """Sum the losses of the step's micro-batches by domain, all at once."""
+        if any(report is None for report in self._reports):
             raise RuntimeError(
                 "blending.granule is 'sequence', so losses must be told apart by sequence: let "
                 f"the loss function report {SEQUENCE_LOSSES!r} as well, [micro-batch size, 2] "
                 "loss sums and token counts, or use the granule 'micro-batch'"
             )
-        losses = sequences.detach().to(loss_sums.dtype)
-        domains = self._domains_on_device[micro_batch]
-        loss_sums.index_add_(0, domains, losses[:, 0])
-        tokens.index_add_(0, domains, losses[:, 1])
+        # [micro-batches, sequences or 1, (loss sum, tokens)]
+        losses = torch.stack([report.detach().float() for report in self._reports])
+        losses = losses.view(len(losses), -1, 2)
         # The host divides each micro-batch's loss by the tokens in it.
-        shares.index_add_(0, domains, losses[:, 1] / losses[:, 1].sum().clamp(min=1.0))
+        share = losses[..., 1:] / losses[..., 1].sum(1).clamp(min=1.0)[:, None, None]
+        domains = self._domains_on_device[:, : losses.shape[1]].reshape(-1)
+        sums = self.estimator.extra.view(self.NUM_EXTRA, self._num_domains)
+        sums.index_add_(1, domains, torch.cat([losses, share], dim=-1).flatten(0, 1).T)
 
     def around_finalize(self, finalize: Callable[..., None] | None) -> Callable[..., None]:
-        """Wrap the host's ``finalize_model_grads``: our reduction runs while the host's does."""
+        """Wrap the host's ``finalize_model_grads``: our reduction starts before the host's.
+
+        It goes on beside the host's reduction and optimizer, until ``finish``.
+        """
         host = finalize or (lambda *args, **kwargs: None)
 
         @functools.wraps(host)
@@ -188,11 +183,14 @@ class StepMeasurement:
                 return host(*args, **kwargs)
             start = time.perf_counter()
             self._check_complete()
-            work = dist.all_reduce(self.estimator.packed(), group=self._groups.data, async_op=True)
+            if self._groups.owns_loss and self._reports:
+                self._add_losses()
+            self._work = dist.all_reduce(
+                self.estimator.packed(), group=self._groups.data, async_op=True
+            )
             self.seconds += time.perf_counter() - start
             host(*args, **kwargs)
             start = time.perf_counter()
-            work.wait()
             for probe in self._probes:
                 probe.before_update()
             self._reduced = True
@@ -210,18 +208,25 @@ class StepMeasurement:
                     "select parameters that every micro-batch uses"
                 )
 
-    def finish(self) -> StepStatistics:
-        """Sum over the model's shards, after the host's optimizer step; collective."""
+    def finish(self) -> Callable[[], StepStatistics]:
+        """Start to sum over the model's shards, after the host's optimizer step; collective.
+
+        Returns:
+            What waits for the sums, in any thread, and gives the statistics. Nothing else waits:
+            the host goes on, and its device too.
+        """
         if not self._reduced:
             raise RuntimeError("the step ended without finalize_model_grads; nothing was measured")
         self._active = False
         self._store = None
-        start = time.perf_counter()
+        assert self._work is not None
+        self._work.wait()
+        self._work = None
         vector = self._local_vector()
-        dist.all_reduce(vector, group=self._groups.model)
-        statistics = self._unpack(vector.cpu().numpy())
-        self.seconds += time.perf_counter() - start
-        return statistics
+        fetch = _sum_in_background(vector, self._groups.model)
+        reduced = self.estimator.packed_bytes + vector.nbytes + self._capture.sent_bytes
+        num_micro_batches, per_token = self._num_micro_batches, self._per_token
+        return lambda: self._unpack(fetch(), num_micro_batches, per_token, reduced)
 
     def _local_vector(self) -> torch.Tensor:
         sums, sq_norms = self.estimator.products()
@@ -234,7 +239,9 @@ class StepMeasurement:
             probes[probe.index] = probe.after_update()
         return torch.cat([sums, sq_norms, losses, probes.flatten(), scale])
 
-    def _unpack(self, vector: np.ndarray) -> StepStatistics:
+    def _unpack(
+        self, vector: np.ndarray, num_micro_batches: int, per_token: bool, reduced_bytes: int
+    ) -> StepStatistics:
         k = self._num_domains
         sums, sq_norms, loss_sum, tokens, shares = vector[: 5 * k].reshape(5, k)
         probes = vector[5 * k : -1].reshape(self._num_probes, 3)
@@ -244,15 +251,17 @@ class StepMeasurement:
         alignment = grad_sq_norm = None
         if self._measure_gradients:
             # The host averages over micro-batches and data-parallel ranks, or over tokens.
-            if self._per_token:
+            if per_token:
                 total = max(tokens.sum(), 1.0)
                 share, scale = tokens / total, float(vector[-1]) * total
             else:
                 replicas = dist.get_world_size(self._groups.data)
-                share = np.minimum(shares / (replicas * self._num_micro_batches), 1.0)
+                share = np.minimum(shares / (replicas * num_micro_batches), 1.0)
                 scale = float(vector[-1]) * replicas
             alignment, grad_sq_norm = mean_gradient_scores(sums, sq_norms, share, scale)
-        return StepStatistics(loss, tokens, alignment, grad_sq_norm, norms[:, 0], norms[:, 1])
+        return StepStatistics(
+            loss, tokens, alignment, grad_sq_norm, norms[:, 0], norms[:, 1], reduced_bytes
+        )
 
     def detach(self) -> None:
         """Remove every hook from the model."""
@@ -261,8 +270,31 @@ class StepMeasurement:
         self._handles = []
 
 
-def _loss_and_tokens(report: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the loss report that a host's loss function stores for a micro-batch.
+def _sum_in_background(vector: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], np.ndarray]:
+    """Start an all-reduce; the result waits for it and gives the sums on the host."""
+    work = dist.all_reduce(vector, group=group, async_op=True)
+    if vector.device.type == "cpu":
+
+        def fetch() -> np.ndarray:
+            work.wait()
+            return vector.numpy()
+
+        return fetch
+    work.wait()  # the stream waits, not the host
+    on_host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    on_host.copy_(vector, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def fetch_from_device() -> np.ndarray:
+        arrived.synchronize()
+        return on_host.numpy()
+
+    return fetch_from_device
+
+
+def _loss_and_tokens(report: Any) -> torch.Tensor:
+    """Read the loss report that a host's loss function stores for a micro-batch: [2].
 
     Megatron-LM stores ``{"lm loss": [loss sum, tokens]}``; older loops store the mean loss alone.
     """
@@ -272,6 +304,4 @@ def _loss_and_tokens(report: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(value, (tuple, list)):
         value = torch.stack([torch.as_tensor(part).float() for part in value])
     value = torch.as_tensor(value).detach().float().reshape(-1)
-    if value.numel() == 2:
-        return value[0], value[1]
-    return value[0], torch.ones_like(value[0])
+    return value if value.numel() == 2 else torch.stack([value[0], torch.ones_like(value[0])])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
@@ -16,62 +14,85 @@ import torch.distributed as dist
 
 from megatron_acodm.blending import DataExhausted, Ledger, OnlineBlendedDataset
 from megatron_acodm.config import AcodmConfig
+from megatron_acodm.megatron.background import Background
 from megatron_acodm.megatron.builder import domain_name
 from megatron_acodm.megatron.capture import build_capture
+from megatron_acodm.megatron.decisions import Decisions, StepReport
 from megatron_acodm.megatron.groups import ParallelGroups, check_layout
-from megatron_acodm.megatron.measurement import StepMeasurement, StepStatistics
+from megatron_acodm.megatron.measurement import StepMeasurement
 from megatron_acodm.megatron.parameters import make_probes, select_parameters
-from megatron_acodm.megatron.quota import granule_size, minimum_quota, warn_of_small_domains
 from megatron_acodm.megatron.run import RunShape
-from megatron_acodm.mixing import POLICIES, MixingController, Observation, Policy, build_policy
+from megatron_acodm.mixing import MixingController
 
-logger = logging.getLogger(__name__)
+_PATIENCE_S = 5.0
+"""How long to wait for the last decision before the hooks go."""
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What a finished step tells the metrics; K domains."""
+class Step:
+    """A training step in the hands of the mixer."""
 
-    statistics: StepStatistics
-    weights: np.ndarray  # [K] that drew this step's batch
-    samples: np.ndarray  # [K] sequences in this step's batch
-    epochs: np.ndarray  # [K] how often each domain has been gone through, this batch included
-    rewards: np.ndarray | None  # [K], nan where unknown; only on rank 0
-    diagnostics: dict[str, float]  # of the policy; only on rank 0
-    mixing_seconds: float  # that this rank waited for mixing in this step
+    def __init__(self) -> None:
+        self.mixing_seconds = 0.0
+        """What this rank waited for mixing in the step, once that is over."""
+
+        self._future: Future[StepReport] | None = None
+
+    def report(self) -> StepReport:
+        """What the step showed; waits until the decision that follows from it is made.
+
+        Raises:
+            RuntimeError: the step is not over, or ranks do not agree on its decision.
+        """
+        if self._future is None:
+            raise RuntimeError("the step is not over")
+        return self._future.result()
 
 
 class Mixer:
     """Drives one run: ``bind`` (by the patched builder), ``attach``, then a ``step`` a step.
 
     Every rank holds the ledger; rank 0 alone holds the policy and broadcasts its decisions.
+
+    What follows from a step (sums, the policy's update, the broadcast, the ledger's next stage)
+    happens in a thread while the next step runs, and is waited for at that step's end; with a
+    decision lag of 0, at once. Which samples are drawn does not depend on how long it takes. Who
+    asks for the ledger or the policy from outside a step gets them with all of that done.
     """
 
     def __init__(self, config: AcodmConfig, run: RunShape, domain_names: Mapping[str, str]) -> None:
         self.config = config
         self.run = run
         self.measurement: StepMeasurement | None = None
-        self.domains: list[str] = []
-        self.sizes: list[int] = []
+        self._decisions: Decisions | None = None
         self._domain_names = dict(domain_names)
-        self._controller: MixingController | None = None
-        self._report: StepReport | None = None
-        self.exhausted: DataExhausted | None = None
-        """Why no more than the decided samples can be drawn, once that is so."""
+        self._background: Background | None = None
+        self._pending: Future[StepReport] | None = None
 
     # Set-up -----------------------------------------------------------------------------------
 
     @property
     def is_bound(self) -> bool:
         """Whether the training datasets are built."""
-        return bool(self.domains)
+        return self._decisions is not None
 
     @property
-    def report(self) -> StepReport:
-        """The last finished step."""
-        if self._report is None:
-            raise RuntimeError("no step has finished yet")
-        return self._report
+    def decisions(self) -> Decisions:
+        """What is decided so far, and how it goes on.
+
+        Raises:
+            RuntimeError: the training datasets are not built.
+        """
+        if self._decisions is None:
+            raise RuntimeError(
+                "no training dataset was built under the mixer; patch before the datasets are "
+                "built, and train on --data-path or --train-data-path"
+            )
+        return self._decisions
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the K domains, in the order that every array of the run follows."""
+        return self.decisions.domains
 
     def name_of_prefix(self, prefix: str) -> str:
         """The domain that a dataset prefix stands for."""
@@ -102,55 +123,14 @@ class Mixer:
         """
         if len(set(domains)) != len(domains):
             raise ValueError(f"domain names must differ, got {', '.join(domains)}")
-        self.domains, self.sizes, self._checksums = list(domains), list(sizes), list(checksums)
-        blending, policy_class = self.config.blending, POLICIES[self.config.mixing.policy]
-        self._needs_alignment = policy_class.needs_alignment
-        self._granule_size = granule_size(
-            blending, self.config.alignment, self.run, self._needs_alignment
-        )
-        self._minimum = minimum_quota(
-            blending,
-            len(self.domains),
-            self.run.global_batch_size // self._granule_size,
-            self._needs_alignment,
-        )
-        # Every rank builds the policy, so that bad settings fail on every rank alike; only rank 0
-        # keeps it.
-        controller = MixingController(self._build_policy(weights))
-        self._controller = controller if _rank() == 0 else None
-        self.ledger = Ledger(
-            self.sizes,
-            self._granule_size,
-            self.run.seed,
-            names=self.domains,
-            max_epochs=blending.max_epochs,
-            stop_at_cap=blending.repetition == "error",
-        )
-        self._append_ahead(0, controller.initial_weights)
-        if self.ledger.num_samples == 0:
-            raise ValueError(
-                f"there is not enough data for the first step: {self.exhausted}; lower the "
-                "batch size, or change blending.repetition"
-            )
-        warn_of_small_domains(self.ledger, blending)
+        self._decisions = Decisions(self.config, self.run, domains, sizes, weights, checksums)
         if any(dataset is None for dataset in datasets):
             return None
         return OnlineBlendedDataset(
             list(datasets),
-            self.ledger.reader(self.config.blending.stage_timeout_s),
+            self._decisions.ledger.reader(self.config.blending.stage_timeout_s),
             size=self.run.train_samples,
-            names=self.domains,
-        )
-
-    def _build_policy(self, weights: Sequence[float] | None) -> Policy:
-        return build_policy(
-            self.config.mixing,
-            self.domains,
-            np.asarray(self.sizes if weights is None else weights, dtype=np.float64),
-            self.config.alignment.num_probes,
-            self.run.train_iters,
-            self.run.seed,
-            lowest_share=self._minimum * self._granule_size / self.run.global_batch_size,
+            names=domains,
         )
 
     def attach(self, model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -162,11 +142,7 @@ class Mixer:
         """
         from megatron.core.utils import get_model_config
 
-        if not self.is_bound:
-            raise RuntimeError(
-                "no training dataset was built under the mixer; patch before the datasets are "
-                "built, and train on --data-path or --train-data-path"
-            )
+        decisions = self.decisions
         check_layout(model_chunks)
         self._groups = ParallelGroups.from_parallel_state()
         self._model_config = get_model_config(model_chunks[0])
@@ -177,12 +153,13 @@ class Mixer:
         )
         num_layers = self._model_config.num_layers
         device = next(model_chunks[0].parameters()).device
+        self._background = Background(device)
         self._one = torch.ones(1, device=device)
-        alignment = self.config.alignment
+        alignment, needs_alignment = self.config.alignment, decisions.needs_alignment
         parameters = (
-            select_parameters(model_chunks, num_layers, alignment) if self._needs_alignment else []
+            select_parameters(model_chunks, num_layers, alignment) if needs_alignment else []
         )
-        num_domains = len(self.domains)
+        num_domains = len(decisions.domains)
         self.measurement = StepMeasurement(
             build_capture(
                 alignment,
@@ -195,7 +172,7 @@ class Mixer:
             make_probes(model_chunks, num_layers, alignment),
             alignment.num_probes,
             num_domains,
-            self._needs_alignment,
+            needs_alignment,
             self._groups,
             device,
         )
@@ -205,8 +182,13 @@ class Mixer:
         if self.measurement is not None:
             self.measurement.detach()
             self.measurement = None
-        if self.is_bound:
-            self.ledger.close()
+        if self._background is not None:
+            if self._pending is not None:  # not for long: the other ranks may be gone
+                wait([self._pending], timeout=_PATIENCE_S)
+            self._background.stop()
+            self._background = None
+        if self._decisions is not None:
+            self._decisions.ledger.close()
 
     # A step -----------------------------------------------------------------------------------
 
@@ -216,15 +198,9 @@ class Mixer:
         Raises:
             RuntimeError: when no step of the ledger starts there.
         """
-        if consumed_samples == self.ledger.num_samples and self.exhausted is not None:
-            return 0
-        first, count = self.ledger.stage_at(consumed_samples)
-        if first != consumed_samples:
-            raise RuntimeError(
-                f"a step starts at sample {consumed_samples}, the ledger's at {first} and "
-                f"{first + count}; give the mixer the batch sizes (and the ramp-up) of the host"
-            )
-        return count
+        if consumed_samples >= self.decisions.ledger.num_samples:
+            self._settle()
+        return self.decisions.num_samples(consumed_samples)
 
     def micro_batch_domains(self, consumed_samples: int) -> np.ndarray:
         """Domain of each sequence of this rank's micro-batches in the step that starts here.
@@ -239,20 +215,24 @@ class Mixer:
         count = self.num_samples(consumed_samples)
         samples = np.arange(consumed_samples, consumed_samples + count, dtype=np.int64)
         mine = samples.reshape(-1, groups.data_size, size)[:, groups.data_rank]
-        return self.ledger.locate(mine.reshape(-1))[0].reshape(-1, size)
+        return self.decisions.domains_of(mine.reshape(-1)).reshape(-1, size)
 
     @contextlib.contextmanager
-    def step(self, iteration: int, consumed_samples: int) -> Iterator[None]:
+    def step(self, iteration: int, consumed_samples: int) -> Iterator[Step]:
         """One training step, from zeroed gradients to the optimizer's update; collective.
 
         Args:
             iteration: number of the step, counted from 1.
             consumed_samples: samples drawn before it.
+
+        Yields:
+            The step, whose report can be asked for when it is over.
         """
         if self.measurement is None:
             raise RuntimeError("the mixer is not attached to a model; call mixer.attach(model)")
         if self.num_samples(consumed_samples) == 0:
             raise RuntimeError(f"step {iteration} has no samples left: {self.exhausted}")
+        step = Step()
         start = time.perf_counter()
         config = self._model_config
         finalize = config.finalize_model_grads_func
@@ -263,126 +243,67 @@ class Mixer:
             self._one if scale is None else scale(self._one),
             bool(config.calculate_per_token_loss),
         )
-        seconds = time.perf_counter() - start
+        step.mixing_seconds = time.perf_counter() - start
         try:
-            yield
+            yield step
         finally:
             config.finalize_model_grads_func = finalize
-        self._finish(iteration, consumed_samples, seconds)
-
-    def _finish(self, iteration: int, consumed_samples: int, seconds: float) -> None:
-        assert self.measurement is not None
         start = time.perf_counter()
-        weights = self.ledger.weights_at(consumed_samples)
-        count = self.num_samples(consumed_samples)
-        samples = self.ledger.counts(consumed_samples, count)
-        measured_before = self.measurement.seconds
-        statistics = self.measurement.finish()
-        decision = np.zeros(len(self.domains))
-        rewards, diagnostics = None, {}
-        if self._controller is not None:
-            observation = Observation(
-                iteration=iteration,
-                progress=min(1.0, iteration / self.run.train_iters),
-                weights=weights,
-                samples=samples,
-                available=self.ledger.drawable(),
-                loss=statistics.loss,
-                alignment=statistics.alignment,
-                grad_sq_norm=statistics.grad_sq_norm,
-                weight_norm=statistics.weight_norm,
-                weight_delta_norm=statistics.weight_delta_norm,
+        step.mixing_seconds += self.measurement.seconds
+        self._finish(step, iteration, consumed_samples)
+        step.mixing_seconds += time.perf_counter() - start
+
+    def _finish(self, step: Step, iteration: int, consumed_samples: int) -> None:
+        assert self.measurement is not None and self._background is not None
+        fetch = self.measurement.finish()
+        self._settle()
+        step._future = self._pending = self._background.submit(
+            lambda: self.decisions.follow_up(
+                iteration, consumed_samples, fetch(), self._groups.control
             )
-            decision = self._controller.decide(observation)
-            rewards, diagnostics = self._controller.rewards, self._controller.diagnostics()
-        self._append_ahead(consumed_samples + count, self._agree_on(decision))
-        seconds += time.perf_counter() - start + measured_before
-        self._report = StepReport(
-            statistics,
-            weights,
-            samples,
-            self.ledger.epochs(before=consumed_samples + count),
-            rewards,
-            diagnostics,
-            seconds,
         )
+        if self.config.blending.decision_lag == 0:
+            self._settle()
 
-    def _append_ahead(self, consumed_samples: int, weights: np.ndarray) -> None:
-        """Decide all steps up to the lag behind the one that starts here, where they are not.
+    def _settle(self) -> None:
+        """Wait for what follows from the last step.
 
-        Other weights may be possible where the last ones were not: each call tries anew, as the
-        first one of a resumed run does.
+        Raises:
+            RuntimeError: ranks do not agree on its decision.
         """
-        self.exhausted = None
-        end = consumed_samples
-        for _ in range(1 + self.config.blending.decision_lag):
-            end += self.run.batch_size(end)
-        while self.ledger.num_samples < end and self.exhausted is None:
-            count = self.run.batch_size(self.ledger.num_samples)
-            fits = self._minimum * len(self.domains) * self._granule_size <= count
-            try:
-                self.ledger.append(weights, count, minimum=self._minimum if fits else 0)
-            except DataExhausted as error:
-                self.exhausted = error
+        if self._pending is not None:
+            self._pending.result()
 
-    def _agree_on(self, decision: np.ndarray) -> np.ndarray:
-        """Rank 0's decision, on every rank; also checks that the ledgers are still the same."""
-        message = torch.from_numpy(np.append(decision, float(self.ledger.digest)))
-        dist.broadcast(message, src=0, group=self._groups.control)
-        if int(message[-1]) != self.ledger.digest:
-            raise RuntimeError(
-                f"the ledger of rank {_rank()} differs from rank 0's (digest "
-                f"{self.ledger.digest}, rank 0 has {int(message[-1])}); ranks would train on "
-                "wrong domains. Resume from the last checkpoint"
-            )
-        return message[:-1].numpy()
-
-    # Checkpoint -------------------------------------------------------------------------------
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to draw the same samples."""
-        fingerprint = {
-            "domains": {
-                name: {"sequences": size, "checksum": checksum}
-                for name, size, checksum in zip(
-                    self.domains, self.sizes, self._checksums, strict=True
-                )
-            },
-            "policy": self.config.mixing.policy,
-            "mixing.weights": self.config.mixing.weights,
-            # Rewards of other gradients must not be averaged with the saved ones.
-            "alignment": asdict(self.config.alignment),
-            "decision lag": self.config.blending.decision_lag,
-            "granule": self.config.blending.granule,
-            "minimum quota": self.config.blending.minimum_quota,
-            **{
-                name.replace("_", " "): value
-                for name, value in asdict(self.run).items()
-                if name != "train_iters"  # a run may be extended
-            },
-        }
-        return json.loads(json.dumps(fingerprint))  # as it will be read back
-
-    def continue_from(self, consumed_samples: int) -> None:
-        """Decide what is not decided yet after ledger and policy were restored; collective.
-
-        That is nothing, unless the run was saved when its data was used up, or has other data now.
-        """
-        weights = np.zeros(len(self.domains))
-        if self._controller is not None:
-            weights = self._controller.weights_to_resume_with()
-        self._append_ahead(consumed_samples, self._agree_on(weights))
+    # From outside a step ----------------------------------------------------------------------
 
     @property
-    def control_group(self) -> dist.ProcessGroup:
-        """All ranks, over gloo."""
-        return self._groups.control
+    def ledger(self) -> Ledger:
+        """Which domain, and which sequence of it, every sample of the run is."""
+        self._settle()
+        return self.decisions.ledger
 
     @property
     def controller(self) -> MixingController | None:
         """The policy behind its guard rails; only on rank 0."""
-        return self._controller
+        self._settle()
+        return self.decisions.controller
 
+    @property
+    def exhausted(self) -> DataExhausted | None:
+        """Why no more than the decided samples can be drawn, once that is so."""
+        self._settle()
+        return self.decisions.exhausted
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    @property
+    def control_group(self) -> dist.ProcessGroup:
+        """All ranks, over gloo."""
+        self._settle()
+        return self._groups.control
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to draw the same samples."""
+        return self.decisions.fingerprint()
+
+    def continue_from(self, consumed_samples: int) -> None:
+        """Decide what is not decided yet after ledger and policy were restored; collective."""
+        self.decisions.continue_from(consumed_samples, self._groups.control)

@@ -60,11 +60,15 @@ class WeightProbe:
 
     def after_update(self) -> torch.Tensor:
         """``[3]`` float64: sum of squares of the weights, of their change, and the count."""
-        after = self._sample().double()
-        before = after if self._before is None else self._before.double()
+        after = self._sample()
+        before = after if self._before is None else self._before
         self._before = None
-        count = torch.tensor(float(after.numel()), dtype=torch.float64, device=after.device)
-        return torch.stack([after.square().sum(), (after - before).square().sum(), count])
+        norms = [
+            torch.linalg.vector_norm(values, dtype=torch.float64)
+            for values in (after, after - before)
+        ]
+        count = norms[0].new_tensor(float(after.numel()))
+        return torch.stack([norms[0].square(), norms[1].square(), count])
 
 
 def _layers(model_chunks: Sequence[torch.nn.Module]) -> dict[int, torch.nn.Module]:

@@ -7,6 +7,7 @@ import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron_acodm.megatron.data import (
     get_batch,
 )
 from megatron_acodm.megatron.measurement import SEQUENCE_LOSSES
+from megatron_acodm.megatron.mixer import Step
 from megatron_acodm.megatron.model import TrainingModel, build_model
 from megatron_acodm.megatron.patches import patch, unpatch
 from megatron_acodm.megatron.sources import DataSources, natural_weights
@@ -52,6 +54,20 @@ def loss_func(
     if by_sequence:
         report[SEQUENCE_LOSSES] = torch.stack([losses.detach().sum(1), loss_mask.sum(1)], dim=1)
     return loss, tokens.int(), report
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """What is recorded of a step, besides what the mixer has to say."""
+
+    iteration: int
+    num_samples: int
+    loss: float  # nan with a mixer, which knows it
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    timing: dict[str, float]
+    mixing: Step | None
 
 
 class Trainer:
@@ -93,6 +109,7 @@ class Trainer:
             if self.iteration == 0:
                 _log(f"no checkpoint in {args.load}: starting from scratch")
         self.seconds: dict[str, float] = {}
+        self._finished: FinishedStep | None = None
 
     def _fingerprint(self) -> dict[str, Any]:
         """What decides which samples a step draws, and must be the same when it is resumed."""
@@ -125,9 +142,13 @@ class Trainer:
                 self._step(iterator, writer)
                 done = not self._samples_to_come()
                 last = done or _due(args.exit_interval, self.iteration)
-                if args.eval_interval and (last or _due(args.eval_interval, self.iteration)):
+                validate = args.eval_interval and (last or _due(args.eval_interval, self.iteration))
+                save = args.save and (last or _due(args.save_interval, self.iteration))
+                if last or validate or save:
+                    self._record(writer)
+                if validate:
                     self._validate(writer)
-                if args.save and (last or _due(args.save_interval, self.iteration)):
+                if save:
                     start = time.perf_counter()
                     folder = save_checkpoint(
                         args.save, self.iteration, self.model, self.mixer, self._fingerprint()
@@ -175,16 +196,24 @@ class Trainer:
         self.seconds = {"data_s": 0.0}
         consumed, count = self.consumed_samples, self._samples_to_come()
         self.iteration += 1
+        mixing = None
         if self.mixer is None:
             loss, grad_norm = self._update(iterator, count, None)
         else:
             domains = self.mixer.micro_batch_domains(consumed).tolist()
-            with self.mixer.step(self.iteration, consumed):
-                _, grad_norm = self._update(iterator, count, domains)
-            loss = self.mixer.report.statistics.mean_loss
-        step_seconds = time.perf_counter() - start
-        if writer is not None:
-            self._record(writer, loss, grad_norm, step_seconds, count)
+            with self.mixer.step(self.iteration, consumed) as mixing:
+                loss, grad_norm = self._update(iterator, count, domains)
+        self._record(writer)
+        self._finished = FinishedStep(
+            self.iteration,
+            count,
+            loss,
+            grad_norm,
+            self.model.optimizer.param_groups[0]["lr"],
+            time.perf_counter() - start,
+            self.seconds,
+            mixing,
+        )
 
     def _update(
         self, iterator: Any, count: int, domains: list[list[int]] | None
@@ -325,22 +354,21 @@ class Trainer:
             args.run_dir, wandb_project=args.wandb_project, resume_from=self.iteration
         )
 
-    def _record(
-        self,
-        writer: MetricsWriter,
-        loss: float,
-        grad_norm: float,
-        step_seconds: float,
-        count: int,
-    ) -> None:
-        args = self.args
-        domains: dict[str, dict[str, Any]] = {}
-        mixing_seconds = 0.0
+    def _record(self, writer: MetricsWriter | None) -> None:
+        """Record the last finished step, if it is not yet.
+
+        It is called a step later where nothing else asks for it: what mixing makes of a step is
+        known only then.
+        """
+        args, step, self._finished = self.args, self._finished, None
+        if step is None or (self.mixer is None and writer is None):
+            return
+        loss, domains, mixing_seconds = step.loss, {}, 0.0
         extra: dict[str, Any] = {}
-        if self.mixer is not None:
-            report = self.mixer.report
-            assert self.mixer.measurement is not None
-            mixing_seconds = report.mixing_seconds
+        if step.mixing is not None:
+            assert self.mixer is not None
+            report, mixing_seconds = step.mixing.report(), step.mixing.mixing_seconds
+            loss = report.statistics.mean_loss
             domains = domain_metrics(
                 self.mixer.domains,
                 report.weights.tolist(),
@@ -350,28 +378,29 @@ class Trainer:
                 report.epochs.tolist(),
             )
             extra = {
-                "alignment_bytes": self.mixer.measurement.reduced_bytes,
+                "alignment_bytes": report.statistics.reduced_bytes,
                 "diagnostics": report.diagnostics,
             }
-        learning_rate = self.model.optimizer.param_groups[0]["lr"]
+        if writer is None:
+            return
         writer.step(
-            self.iteration,
-            consumed_samples=self.consumed_samples,
+            step.iteration,
+            consumed_samples=self.run.samples_before(step.iteration),
             lm_loss=loss,
-            step_time_s=step_seconds,
+            step_time_s=step.seconds,
             mixing_time_s=mixing_seconds,
             domains=domains,
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            timing=self.seconds,
+            grad_norm=step.grad_norm,
+            learning_rate=step.learning_rate,
+            timing=step.timing,
             **extra,
         )
-        if self.iteration % args.log_interval == 0 or self.iteration == 1:
-            tokens = count * args.seq_length
+        if step.iteration % args.log_interval == 0 or step.iteration == 1:
+            tokens = step.num_samples * args.seq_length
             _log(
-                f"step {self.iteration}/{args.train_iters} | loss {loss:.4f} | lr "
-                f"{learning_rate:.2e} | {step_seconds:.2f} s | {tokens / step_seconds:,.0f} "
-                f"tokens/s | mixing {mixing_seconds / step_seconds:.1%}{_heaviest(domains)}"
+                f"step {step.iteration}/{args.train_iters} | loss {loss:.4f} | lr "
+                f"{step.learning_rate:.2e} | {step.seconds:.2f} s | {tokens / step.seconds:,.0f} "
+                f"tokens/s | mixing {mixing_seconds / step.seconds:.1%}{_heaviest(domains)}"
             )
 
 

@@ -1,0 +1,55 @@
+"""A thread that takes mixing off the training step's path."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Background:
+    """Runs tasks one after the other in a thread of its own.
+
+    It is a daemon: a task that waits for a rank which is gone must not keep this process alive,
+    as the threads of concurrent.futures would.
+
+    Args:
+        device: whose CUDA context, if any, the tasks use.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="megatron_acodm", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Callable[[], Result]) -> Future[Result]:
+        """Run a task after those before it; its result or exception is the future's."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                result = task()
+            except BaseException as error:  # raised where the result is asked for
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._tasks.put(run)
+        return future
+
+    def stop(self) -> None:
+        """Let the thread end after the tasks before; does not wait for them."""
+        self._tasks.put(None)
+
+    def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread starts on the first one
+        while (task := self._tasks.get()) is not None:
+            task()
