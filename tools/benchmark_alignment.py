@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 
 from megatron_acodm import ops
-from megatron_acodm.alignment import Estimator, ExactEstimator, SketchEstimator
+from megatron_acodm.alignment import (
+    CapturedEstimator,
+    Estimator,
+    ExactEstimator,
+    GradientEstimator,
+    SketchEstimator,
+)
 from megatron_acodm.config import AlignmentConfig
 
 Candidates = dict[str, Callable[[], float]]
@@ -57,7 +63,7 @@ class Clock:
 
 def operator_candidates(G: Tensor, sketch_size: int, clock: Clock) -> Candidates:
     """One pass over the matrix each; the floor comes first."""
-    row = torch.zeros(sketch_size, device=G.device)
+    row, copy = torch.zeros(sketch_size, device=G.device), torch.empty_like(G)
 
     def sketch_rows() -> None:
         for gradient in G:
@@ -68,20 +74,22 @@ def operator_candidates(G: Tensor, sketch_size: int, clock: Clock) -> Candidates
         "domain_alignment": lambda: clock(lambda: ops.domain_alignment(G)),
         "gram": lambda: clock(lambda: ops.gram(G)),
         "add_sketch_, each row": lambda: clock(sketch_rows),
+        "copy": lambda: clock(lambda: copy.copy_(G)),
         "PyTorch reference": lambda: clock(lambda: ops.domain_alignment_reference(G)),
         "G @ G.T": lambda: clock(lambda: G @ G.T),
     }
 
 
 class RewardPath:
-    """A step's micro-batches on one rank, measured in five ways.
+    """A step's micro-batches on one rank, measured in six ways.
 
     The gradients are made, and accumulated as the host does, outside the timed parts.
 
     Args:
         num_domains: K.
-        numbers: P, over three parameters.
+        numbers: about P, over three weights of four times as many inputs as outputs.
         num_micro_batches: micro-batches of the step; they take domains in turn.
+        num_tokens: of a micro-batch, on which alone estimator captured depends.
         sketch_size: numbers a domain of the sketch.
         device: where gradients live.
     """
@@ -91,18 +99,26 @@ class RewardPath:
         num_domains: int,
         numbers: int,
         num_micro_batches: int,
+        num_tokens: int,
         sketch_size: int,
         device: torch.device,
     ) -> None:
-        third = numbers // 3
-        self.numels = [third, third, numbers - 2 * third]
+        outputs = max(1, round((numbers / 12) ** 0.5))
+        inputs = 4 * outputs
+        self.numels = [outputs * inputs] * 3
+        self.numbers = sum(self.numels)
         self.domains = [i % num_domains for i in range(num_micro_batches)]
         self.num_domains = num_domains
         self.gradient = [torch.randn(n, device=device) for n in self.numels]
         self.main_grads = [torch.zeros(n, device=device) for n in self.numels]
         self.exact = ExactEstimator(self.numels, num_domains, 0, device)
         self.sketch = SketchEstimator(self.numels, num_domains, 0, device, sketch_size, seed=0)
-        self.matrix = torch.zeros(num_domains, numbers)
+        self.captured = CapturedEstimator(
+            [(outputs, inputs)] * 3, num_domains, 0, device, sketch_size,
+            AlignmentConfig.captured_width, seed=0,
+        )  # fmt: skip
+        self.sides = [torch.randn(num_tokens, 1, size, device=device) for size in (inputs, outputs)]
+        self.matrix = torch.zeros(num_domains, self.numbers)
         self.clock = Clock(device)
 
     def _micro_batches(self) -> Any:
@@ -130,23 +146,32 @@ class RewardPath:
             seconds += self.clock(lambda: add(domain))  # noqa: B023 - runs at once
         return seconds + self.clock(lambda: published_products(self.matrix))
 
-    def by_gradient(self, estimator: Estimator) -> float:
+    def by_gradient(self, estimator: GradientEstimator) -> float:
         """An estimator that is given each micro-batch's gradient by a hook."""
-        return self._measured(estimator, estimator.add_gradient, self.gradient)
+        return self._measured(
+            estimator, lambda i, domain: estimator.add_gradient(i, domain, self.gradient[i])
+        )
 
-    def by_growth(self, estimator: Estimator) -> float:
+    def by_growth(self, estimator: GradientEstimator) -> float:
         """An estimator where only ``main_grad`` is visible."""
-        return self._measured(estimator, estimator.add_growth, self.main_grads)
+        return self._measured(
+            estimator, lambda i, domain: estimator.add_growth(i, domain, self.main_grads[i])
+        )
 
-    def _measured(
-        self,
-        estimator: Estimator,
-        add: Callable[[int, int, Tensor], None],
-        grads: Sequence[Tensor],
-    ) -> float:
+    def by_sides(self) -> float:
+        """The estimator that is given each layer's inputs and output gradients."""
+        estimator, (inputs, output_grad) = self.captured, self.sides
+
+        def add(i: int, domain: int) -> None:
+            folded = estimator.fold_input(i, inputs), estimator.fold_output_grad(i, output_grad)
+            estimator.add_sides(i, [domain], *folded)
+
+        return self._measured(estimator, add)
+
+    def _measured(self, estimator: Estimator, add: Callable[[int, int], None]) -> float:
         def add_all(domain: int) -> None:
-            for index, grad in enumerate(grads):
-                add(index, domain, grad)
+            for index in range(len(self.numels)):
+                add(index, domain)
 
         seconds = self.clock(estimator.begin_step)
         for domain in self._micro_batches():
@@ -161,6 +186,7 @@ class RewardPath:
             "exact, by growth": lambda: self.by_growth(self.exact),
             "sketch, by gradient": lambda: self.by_gradient(self.sketch),
             "sketch, by growth": lambda: self.by_growth(self.sketch),
+            "captured": self.by_sides,
         }
 
 
@@ -242,6 +268,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="numbers of a gradient, e.g. 1e6 1e7 5e7 (default: 1e6)",
     )
     parser.add_argument("--micro-batches", type=int, default=18, help="per step and rank")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument(
         "--sketch-size",
         type=int,
@@ -255,7 +282,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     options = parser.parse_args(arguments)
-    for name in ("micro_batches", "rounds"):
+    for name in ("micro_batches", "rounds", "tokens"):
         if getattr(options, name) < 2:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; at least 2")
     if min(options.numbers) < 3 or not 1 <= min(options.domains) <= max(options.domains) <= 256:
@@ -273,13 +300,17 @@ def benchmark(K: int, P: int, options: argparse.Namespace, device: torch.device)
     """Both tables for one shape."""
     G = torch.randn(K, P, device=device).to(getattr(torch, options.dtype))
     operators = measure(operator_candidates(G, options.sketch_size, Clock(device)), options.rounds)
+    copied = next(row["median_s"] for row in operators if row["what"] == "copy")
+    for row in operators:  # a copy reads and writes: of its bandwidth, what reading once achieves
+        row["copy_share"] = copied / 2 / row["median_s"] if row["what"] != "copy" else 1.0
     show(f"operators, K={K}, P={P:,}, {options.dtype}", operators, G.nbytes)
     del G
-    path = RewardPath(K, P, options.micro_batches, options.sketch_size, device)
+    path = RewardPath(K, P, options.micro_batches, options.tokens, options.sketch_size, device)
     rewards = measure(path.candidates(), max(2, options.rounds // 3))
     for row in rewards:
         row["speedup"] = 1 / row["ratio"]
-    show(f"reward path of {options.micro_batches} micro-batches, K={K}, P={P:,}", rewards, None)
+    title = f"reward path of {options.micro_batches} micro-batches of {options.tokens} tokens"
+    show(f"{title}, K={K}, P={path.numbers:,}", rewards, None)
     packed = {"exact": path.exact.packed_bytes, "sketch": path.sketch.packed_bytes}
     print("  reduced per step, bytes: " + ", ".join(f"{k} {v:,}" for k, v in packed.items()))
     return {
@@ -303,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     for P in (int(number) for number in options.numbers):
         for K in options.domains:
-            needed = 3 * K * P * 4 + 10 * P * 4
+            needed = 4 * K * P * 4 + 10 * P * 4
             if needed > free_bytes(device) // 2:
                 print(f"\nK={K}, P={P:,}: left out, it takes {needed / 2**30:.1f} GiB of memory")
                 continue

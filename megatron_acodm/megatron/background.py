@@ -12,6 +12,9 @@ import torch
 
 Result = TypeVar("Result")
 
+_PATIENCE_S = 5.0
+"""How long to wait for the last task: it may itself wait for ranks that are gone."""
+
 
 class Background:
     """Runs tasks one after the other in a thread of its own.
@@ -45,8 +48,9 @@ class Background:
         return future
 
     def stop(self) -> None:
-        """Let the thread end after the tasks before; does not wait for them."""
+        """End the thread after the tasks before; waits for it, but not for long."""
         self._tasks.put(None)
+        self._thread.join(_PATIENCE_S)
 
     def _run(self) -> None:
         if self._device.type == "cuda":

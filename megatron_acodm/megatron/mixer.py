@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,6 @@ from megatron_acodm.megatron.measurement import StepMeasurement
 from megatron_acodm.megatron.parameters import make_probes, select_parameters
 from megatron_acodm.megatron.run import RunShape
 from megatron_acodm.mixing import MixingController
-
-_PATIENCE_S = 5.0
-"""How long to wait for the last decision before the hooks go."""
 
 
 class Step:
@@ -178,15 +175,17 @@ class Mixer:
         )
 
     def detach(self) -> None:
-        """Remove the hooks from the model and let waiting data-loading workers go."""
+        """Remove the hooks from the model; ``attach`` can hook it again."""
         if self.measurement is not None:
             self.measurement.detach()
             self.measurement = None
         if self._background is not None:
-            if self._pending is not None:  # not for long: the other ranks may be gone
-                wait([self._pending], timeout=_PATIENCE_S)
             self._background.stop()
             self._background = None
+
+    def close(self) -> None:
+        """End the run: no hooks, and data-loading workers that wait for a stage are let go."""
+        self.detach()
         if self._decisions is not None:
             self._decisions.ledger.close()
 

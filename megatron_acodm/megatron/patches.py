@@ -87,7 +87,7 @@ def unpatch() -> None:
         owner, name, original = _originals.pop()
         setattr(owner, name, original)
     if _mixer is not None:
-        _mixer.detach()
+        _mixer.close()
         _mixer = None
 
 
