@@ -202,6 +202,11 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
         given = {key: value for key, value in values.items() if value is not None}
         changed = dataclasses.replace(getattr(config, section), **given)
         config = dataclasses.replace(config, **{section: changed})
+    if args.acodm_save_policy is not None and config.mixing.policy != "acodm":
+        raise ValueError(
+            f"--acodm-save-policy is for policy 'acodm', not {config.mixing.policy!r}, which has "
+            "learned nothing to save; remove the flag"
+        )
     return config
 
 

@@ -27,10 +27,10 @@ void gram_bf16(const void* G, int64_t K, int64_t P, double* out) {
   gram_products(static_cast<const BFloat16Bits*>(G), K, P, 0, P, 64, out);
 }
 void sketch_f32(float* row, int64_t m, const float* g, int64_t n, uint64_t key) {
-  add_sketch(row, m, g, n, key, 0, m);
+  add_sketch(row, m, g, n, key, 0, (n + m - 1) / m);
 }
 void sketch_bf16(float* row, int64_t m, const void* g, int64_t n, uint64_t key) {
-  add_sketch(row, m, static_cast<const BFloat16Bits*>(g), n, key, 0, m);
+  add_sketch(row, m, static_cast<const BFloat16Bits*>(g), n, key, 0, (n + m - 1) / m);
 }
 }
 """

@@ -217,8 +217,8 @@ int64_t num_gram_products(int64_t num_rows) { return gram_pairs(num_rows) * kGra
                  G, num_rows, row_stride, begin, end, tile, products)                           \
   ACODM_VERSIONS(void, add_sketch, sketch_body,                                                 \
                  (float* row, int64_t num_buckets, const T* g, int64_t n, uint64_t key,         \
-                  int64_t begin, int64_t end),                                                  \
-                 row, num_buckets, g, n, key, begin, end)                                       \
+                  int64_t first_block, int64_t last_block),                                     \
+                 row, num_buckets, g, n, key, first_block, last_block)                          \
   ACODM_VERSIONS(void, accumulate_growth, growth_body,                                          \
                  (float* row, const T* main_grad, T* seen, int64_t n), row, main_grad, seen, n)
 

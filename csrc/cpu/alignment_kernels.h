@@ -42,12 +42,12 @@ void gram_products(const float* G, int64_t num_rows, int64_t row_stride, int64_t
 void gram_products(const BFloat16Bits* G, int64_t num_rows, int64_t row_stride, int64_t begin,
                    int64_t end, int64_t tile, double* products);
 
-// Adds the sketch of the n numbers of g to the buckets [begin, end) of a row, both multiples of 64
-// as num_buckets is; see sketch.h.
+// Adds the sketch of the blocks [first_block, last_block) of num_buckets numbers, of the n numbers
+// of g, to a row; num_buckets is a multiple of 64. See sketch.h.
 void add_sketch(float* row, int64_t num_buckets, const float* g, int64_t n, uint64_t key,
-                int64_t begin, int64_t end);
+                int64_t first_block, int64_t last_block);
 void add_sketch(float* row, int64_t num_buckets, const BFloat16Bits* g, int64_t n, uint64_t key,
-                int64_t begin, int64_t end);
+                int64_t first_block, int64_t last_block);
 
 // row += main_grad - seen; seen = main_grad; over n elements, in one pass.
 void accumulate_growth(float* row, const float* main_grad, float* seen, int64_t n);

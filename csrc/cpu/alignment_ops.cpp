@@ -14,6 +14,8 @@ namespace {
 
 // Below so many elements a thread's start costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
+constexpr int64_t kMaxSketchRuns = 8;
+constexpr int64_t kMinSketchBlocks = 8;
 
 // Calls kernel(begin, end, tile, sums) for every chunk of columns and adds up its width sums.
 template <typename Kernel>
@@ -96,14 +98,26 @@ void add_sketch_(at::Tensor& row, const at::Tensor& grad, int64_t key) {
   if (n == 0) return;
   float* target = row.mutable_data_ptr<float>();
   const int64_t blocks = (n + num_buckets - 1) / num_buckets;
-  // In words of 64 buckets: as many as make it worth another thread, and long runs of a block.
-  const int64_t grain = std::max<int64_t>(8, kElementsPerThread / (kWordBuckets * blocks));
+  // A run of blocks should outweigh its row, and a thread's start.
+  int64_t runs = 1;
+  while (runs < kMaxSketchRuns && blocks / (2 * runs) >= kMinSketchBlocks &&
+         n / (2 * runs) >= kElementsPerThread) {
+    runs *= 2;
+  }
+  std::vector<float> rows((runs - 1) * num_buckets);  // the first run has the target's own
   with_data(flat, [&](const auto* data) {
-    at::parallel_for(0, num_buckets / kWordBuckets, grain, [&](int64_t first, int64_t last) {
-      add_sketch(target, num_buckets, data, n, static_cast<uint64_t>(key), first * kWordBuckets,
-                 last * kWordBuckets);
+    at::parallel_for(0, runs, 1, [&](int64_t first, int64_t last) {
+      for (int64_t run = first; run < last; ++run) {
+        float* own = run == 0 ? target : rows.data() + (run - 1) * num_buckets;
+        add_sketch(own, num_buckets, data, n, static_cast<uint64_t>(key), run * blocks / runs,
+                   (run + 1) * blocks / runs);
+      }
     });
   });
+  for (int64_t run = 1; run < runs; ++run) {
+    const float* own = rows.data() + (run - 1) * num_buckets;
+    for (int64_t bucket = 0; bucket < num_buckets; ++bucket) target[bucket] += own[bucket];
+  }
 }
 
 template <typename T>

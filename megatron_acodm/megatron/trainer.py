@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_acodm import __version__
 from megatron_acodm.arguments import run_shape
 from megatron_acodm.blending import DataExhausted
 from megatron_acodm.config import AcodmConfig
@@ -25,17 +27,12 @@ from megatron_acodm.megatron.data import (
     get_batch,
 )
 from megatron_acodm.megatron.measurement import SEQUENCE_LOSSES
-from megatron_acodm.megatron.mixer import Step
 from megatron_acodm.megatron.model import TrainingModel, build_model
 from megatron_acodm.megatron.patches import patch, unpatch
+from megatron_acodm.megatron.records import FinishedStep, Recorder, log
 from megatron_acodm.megatron.sources import DataSources, natural_weights
-from megatron_acodm.metrics import (
-    MetricsWriter,
-    RunInfo,
-    domain_metrics,
-    mean_perplexities,
-    write_run_info,
-)
+from megatron_acodm.mixing.acodm import AcodmPolicy
+from megatron_acodm.mixing.transfer import save_policy
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +51,6 @@ def loss_func(
     if by_sequence:
         report[SEQUENCE_LOSSES] = torch.stack([losses.detach().sum(1), loss_mask.sum(1)], dim=1)
     return loss, tokens.int(), report
-
-
-@dataclass(frozen=True)
-class FinishedStep:
-    """What is recorded of a step, besides what the mixer has to say."""
-
-    iteration: int
-    num_samples: int
-    loss: float  # nan with a mixer, which knows it
-    grad_norm: float
-    learning_rate: float
-    seconds: float
-    timing: dict[str, float]
-    mixing: Step | None
 
 
 class Trainer:
@@ -107,9 +90,10 @@ class Trainer:
                 args.load, self.model, self.mixer, self._fingerprint(), adopt=args.acodm_adopt
             )
             if self.iteration == 0:
-                _log(f"no checkpoint in {args.load}: starting from scratch")
+                log(f"no checkpoint in {args.load}: starting from scratch")
+        if args.acodm_save_policy and dist.get_rank() == 0:
+            Path(args.acodm_save_policy).parent.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
-        self._finished: FinishedStep | None = None
 
     def _fingerprint(self) -> dict[str, Any]:
         """What decides which samples a step draws, and must be the same when it is resumed."""
@@ -126,41 +110,40 @@ class Trainer:
     def train(self) -> None:
         """Train from the current iteration to the last; collective."""
         args = self.args
-        _log(
+        log(
             f"{'resuming after' if self.iteration else 'starting at'} step {self.iteration} of "
             f"{args.train_iters}: {len(self.sources.names)} domains, policy "
             f"{self.mixer.config.mixing.policy if self.mixer else 'none'}, "
             f"{args.global_batch_size} sequences a step on {self.data_size} data-parallel ranks"
         )
-        writer = None
+        records = None
         try:
-            writer = self._open_metrics()
+            records = Recorder(
+                args, self.run, self.mixer, self.sources.names, self.natural_weights, self.iteration
+            )
             if self.iteration == 0 and args.eval_interval:
-                self._validate(writer)
+                self._validate(records)
             iterator = build_training_iterator(args, self.train_data, self.consumed_samples)
             while self._samples_to_come():
-                self._step(iterator, writer)
+                self._step(iterator, records)
                 done = not self._samples_to_come()
                 last = done or _due(args.exit_interval, self.iteration)
-                validate = args.eval_interval and (last or _due(args.eval_interval, self.iteration))
+                if args.eval_interval and (last or _due(args.eval_interval, self.iteration)):
+                    self._validate(records)
                 save = args.save and (last or _due(args.save_interval, self.iteration))
-                if last or validate or save:
-                    self._record(writer)
-                if validate:
-                    self._validate(writer)
                 if save:
-                    start = time.perf_counter()
-                    folder = save_checkpoint(
-                        args.save, self.iteration, self.model, self.mixer, self._fingerprint()
-                    )
-                    _log(f"saved {folder} in {time.perf_counter() - start:.1f} s")
+                    records.flush()
+                    self._save()
+                if args.acodm_save_policy and (last or save):
+                    self._save_policy()
                 if last:
                     break
+            records.flush()
             self._explain_early_end()
         finally:
             unpatch()
-            if writer is not None:
-                writer.close()
+            if records is not None:
+                records.close()
 
     @property
     def consumed_samples(self) -> int:
@@ -189,9 +172,9 @@ class Trainer:
         kept = f"saved in {self.args.save}" if self.args.save else "nothing is saved without --save"
         if self.mixer.config.blending.repetition == "error":
             raise DataExhausted(f"{reason} ({kept})")
-        _log(f"{reason} ({kept})")
+        log(f"{reason} ({kept})")
 
-    def _step(self, iterator: Any, writer: MetricsWriter | None) -> None:
+    def _step(self, iterator: Any, records: Recorder) -> None:
         start = time.perf_counter()
         self.seconds = {"data_s": 0.0}
         consumed, count = self.consumed_samples, self._samples_to_come()
@@ -203,16 +186,17 @@ class Trainer:
             domains = self.mixer.micro_batch_domains(consumed).tolist()
             with self.mixer.step(self.iteration, consumed) as mixing:
                 loss, grad_norm = self._update(iterator, count, domains)
-        self._record(writer)
-        self._finished = FinishedStep(
-            self.iteration,
-            count,
-            loss,
-            grad_norm,
-            self.model.optimizer.param_groups[0]["lr"],
-            time.perf_counter() - start,
-            self.seconds,
-            mixing,
+        records.step(
+            FinishedStep(
+                self.iteration,
+                count,
+                loss,
+                grad_norm,
+                self.model.optimizer.param_groups[0]["lr"],
+                time.perf_counter() - start,
+                self.seconds,
+                mixing,
+            )
         )
 
     def _update(
@@ -232,7 +216,7 @@ class Trainer:
         if succeeded:
             model.scheduler.step(increment=count)
         else:
-            _log(
+            log(
                 f"step {self.iteration}: the gradient norm is {grad_norm}; the update was skipped "
                 "and the weights left as they were"
             )
@@ -297,7 +281,7 @@ class Trainer:
 
     # Validation -------------------------------------------------------------------------------
 
-    def _validate(self, writer: MetricsWriter | None) -> None:
+    def _validate(self, records: Recorder) -> None:
         """Mean loss of every domain's validation text, all in one pass; collective."""
         data: ValidationSet = self.valid_data
         args = self.args
@@ -309,6 +293,7 @@ class Trainer:
         )
         if not batches:
             return
+        records.flush()
         start = time.perf_counter()
         for chunk in self.model.chunks:
             chunk.eval()
@@ -321,99 +306,32 @@ class Trainer:
             for name, row in zip(data.names, sums, strict=True)
             if row[1] > 0
         }
-        means = mean_perplexities(losses, self.natural_weights)
-        figures = ", ".join(f"{name} {value:,.4g}" for name, value in means.items())
-        _log(
-            f"validation after step {self.iteration}: mean perplexity over {len(losses)} domains "
-            f"{figures} ({time.perf_counter() - start:.1f} s)"
+        records.validation(self.iteration, losses, time.perf_counter() - start)
+
+    # What is kept -----------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        folder = save_checkpoint(
+            self.args.save, self.iteration, self.model, self.mixer, self._fingerprint()
         )
-        if writer is not None:
-            writer.validation(self.iteration, losses, self.natural_weights)
+        log(f"saved {folder} in {time.perf_counter() - start:.1f} s")
 
-    # Records ----------------------------------------------------------------------------------
-
-    def _open_metrics(self) -> MetricsWriter | None:
-        if dist.get_rank() != 0:
-            return None
+    def _save_policy(self) -> None:
+        """Write what the agent has learned, for policy ``frozen`` of another run."""
         args = self.args
-        config = {"arguments": vars(args)}
-        if self.mixer is not None:
-            config["acodm"] = self.mixer.config.to_dict()
-        write_run_info(
-            args.run_dir,
-            RunInfo(
-                domains=self.sources.names,
-                sequence_length=args.seq_length,
-                global_batch_size=args.global_batch_size,
-                train_iters=args.train_iters,
-                policy=self.mixer.config.mixing.policy if self.mixer else "none",
-                config=config,
-            ),
-        )
-        return MetricsWriter(
-            args.run_dir, wandb_project=args.wandb_project, resume_from=self.iteration
-        )
-
-    def _record(self, writer: MetricsWriter | None) -> None:
-        """Record the last finished step, if it is not yet.
-
-        It is called a step later where nothing else asks for it: what mixing makes of a step is
-        known only then.
-        """
-        args, step, self._finished = self.args, self._finished, None
-        if step is None or (self.mixer is None and writer is None):
+        if self.mixer is None or self.mixer.controller is None:
             return
-        loss, domains, mixing_seconds = step.loss, {}, 0.0
-        extra: dict[str, Any] = {}
-        if step.mixing is not None:
-            assert self.mixer is not None
-            report, mixing_seconds = step.mixing.report(), step.mixing.mixing_seconds
-            loss = report.statistics.mean_loss
-            domains = domain_metrics(
-                self.mixer.domains,
-                report.weights.tolist(),
-                report.samples.tolist(),
-                report.statistics.loss.tolist(),
-                None if report.rewards is None else report.rewards.tolist(),
-                report.epochs.tolist(),
-            )
-            extra = {
-                "alignment_bytes": report.statistics.reduced_bytes,
-                "diagnostics": report.diagnostics,
-            }
-        if writer is None:
-            return
-        writer.step(
-            step.iteration,
-            consumed_samples=self.run.samples_before(step.iteration),
-            lm_loss=loss,
-            step_time_s=step.seconds,
-            mixing_time_s=mixing_seconds,
-            domains=domains,
-            grad_norm=step.grad_norm,
-            learning_rate=step.learning_rate,
-            timing=step.timing,
-            **extra,
-        )
-        if step.iteration % args.log_interval == 0 or step.iteration == 1:
-            tokens = step.num_samples * args.seq_length
-            _log(
-                f"step {step.iteration}/{args.train_iters} | loss {loss:.4f} | lr "
-                f"{step.learning_rate:.2e} | {step.seconds:.2f} s | {tokens / step.seconds:,.0f} "
-                f"tokens/s | mixing {mixing_seconds / step.seconds:.1%}{_heaviest(domains)}"
-            )
-
-
-def _heaviest(domains: dict[str, dict[str, Any]]) -> str:
-    ranked = sorted(domains.items(), key=lambda item: -item[1]["weight"])[:3]
-    named = ", ".join(f"{name} {values['weight']:.3f}" for name, values in ranked)
-    return f" | most: {named}" if named else ""
+        policy = self.mixer.controller.policy
+        assert isinstance(policy, AcodmPolicy)  # acodm_config sees to it
+        names = ("train_iters", "num_layers", "hidden_size", "num_attention_heads", "seq_length",
+                 "global_batch_size", "micro_batch_size", "lr", "seed")  # fmt: skip
+        provenance = {"megatron_acodm": __version__, "iteration": self.iteration}
+        provenance |= {name: getattr(args, name) for name in names}
+        provenance["config"] = self.mixer.config.to_dict()
+        provenance = json.loads(json.dumps(provenance))  # lists for tuples
+        save_policy(args.acodm_save_policy, policy.exported(provenance))
 
 
 def _due(interval: int | None, iteration: int) -> bool:
     return bool(interval) and iteration % (interval or 1) == 0
-
-
-def _log(message: str) -> None:
-    if dist.get_rank() == 0:
-        print(message, flush=True)
