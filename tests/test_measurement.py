@@ -13,7 +13,7 @@ from host import SEQUENCE, forward_backward, micro_batches, tiny_model
 
 import megatron_acodm
 from megatron_acodm import AcodmConfig, Mixer, RunShape
-from megatron_acodm.config import AlignmentConfig
+from megatron_acodm.config import AlignmentConfig, MixingConfig
 from megatron_acodm.megatron.model import TrainingModel
 from megatron_acodm.megatron.parameters import select_parameters
 
@@ -285,3 +285,66 @@ def test_a_step_at_another_sample_than_the_ledgers_is_refused() -> None:
     message = "a step starts at sample 10, the ledger's at 0 and 12"
     with pytest.raises(RuntimeError, match=message), mixer.step(2, 10):
         pass
+
+
+def test_forwards_of_other_chunks_of_a_virtual_pipeline_store_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    config = AcodmConfig(mixing=MixingConfig(policy="uniform"), alignment=CONFIG)
+    mixer = megatron_acodm.patch(config, RUN)
+    assert mixer is not None
+    mixer.bind(["a", "b", "c"], [10] * 3, None, [None], [0] * 3)
+    mixer.attach(model.chunks)
+    measurement = mixer.measurement
+    assert measurement is not None
+    losses = [torch.tensor([float(10 + i), 32.0]) for i in range(6)]
+    with mixer.step(1, 0) as step:
+        started_over: list[None] = []
+        monkeypatch.setattr(measurement.estimator, "begin_step", lambda: started_over.append(None))
+        store: list[Any] = []
+        for loss in losses:
+            measurement.on_forward(store, 6)  # of the first chunk
+            store.append({"lm loss": loss})
+            measurement.on_forward(store, 6)  # of the last
+            measurement.on_forward(store, 6)  # of the first again
+        model.config.finalize_model_grads_func(model.chunks)
+    assert not started_over  # or the gradients so far would be lost
+    domains = mixer.micro_batch_domains(0)[:, 0]
+    statistics = step.report().statistics
+    for domain in range(3):
+        own = [loss[0] for loss, other in zip(losses, domains, strict=True) if other == domain]
+        assert statistics.loss[domain] == pytest.approx(np.mean(own) / 32)
+    assert statistics.tokens.sum() == 6 * 32
+
+
+@pytest.mark.parametrize(
+    ("break_layout", "message"),
+    [
+        ("experts", "expert parallelism of size 2 is not supported"),
+        ("fsdp", "under Megatron's DistributedDataParallel only"),
+        ("overlap_param_gather", "--overlap-param-gather is not supported"),
+        ("no ddp", "the model is wrapped in GPTModel"),
+    ],
+)
+def test_layouts_that_cannot_be_measured_are_refused_at_set_up(
+    break_layout: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import parallel_state
+
+    model = tiny_model()
+    chunks = model.chunks
+    if break_layout == "experts":
+        size = "get_expert_model_parallel_world_size"
+        monkeypatch.setattr(parallel_state, size, lambda: 2)
+    elif break_layout == "fsdp":
+        chunks[0].ddp_config.use_megatron_fsdp = True
+    elif break_layout == "overlap_param_gather":
+        chunks[0].ddp_config.overlap_param_gather = True
+    else:
+        chunks = [chunks[0].module]
+    mixer = megatron_acodm.patch(AcodmConfig(alignment=CONFIG), RUN)
+    assert mixer is not None
+    mixer.bind(["a", "b", "c", "d"], [10] * 4, [2, 1, 3, 0], [None], [0] * 4)
+    with pytest.raises(ValueError, match=message):
+        mixer.attach(chunks)
