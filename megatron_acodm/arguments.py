@@ -169,6 +169,7 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
         ValueError: for a bad value, with its limit and remedy.
     """
     if args.acodm_policy == "none":
+        _refuse_to_save_policy(args, "none")
         return None
     config = AcodmConfig.from_yaml(args.acodm_config) if args.acodm_config else AcodmConfig()
     if args.acodm_weights is not None:  # in place of those of the YAML file
@@ -202,12 +203,16 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
         given = {key: value for key, value in values.items() if value is not None}
         changed = dataclasses.replace(getattr(config, section), **given)
         config = dataclasses.replace(config, **{section: changed})
-    if args.acodm_save_policy is not None and config.mixing.policy != "acodm":
-        raise ValueError(
-            f"--acodm-save-policy is for policy 'acodm', not {config.mixing.policy!r}, which has "
-            "learned nothing to save; remove the flag"
-        )
+    _refuse_to_save_policy(args, config.mixing.policy)
     return config
+
+
+def _refuse_to_save_policy(args: argparse.Namespace, policy: str) -> None:
+    if args.acodm_save_policy is not None and policy != "acodm":
+        raise ValueError(
+            f"--acodm-save-policy is for policy 'acodm', not {policy!r}, which has learned nothing "
+            "to save; remove the flag"
+        )
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -48,6 +48,13 @@ def _check(*arguments: str, world_size: int = 1) -> None:
         (("--acodm-depths", "1.5"), 1, r"depths holds 1.5; a depth lies in \(0, 1\]"),
         (("--acodm-kind", "fc3"), 1, "'fc3'; the kinds are fc1, fc2, qkv, proj"),
         (("--acodm-max-weight", "1.5"), 1, r"max_weight is 1.5; it must lie in \[0, 1\]"),
+        (("--acodm-save-policy", "p", "--acodm-policy", "odm"), 1, "for policy 'acodm', not 'odm'"),
+        (
+            ("--acodm-save-policy", "p", "--acodm-policy", "none"),
+            1,
+            "for policy 'acodm', not 'none'",
+        ),
+        (("--acodm-load-policy", "p"), 1, "policy_file is for policy 'frozen', not 'acodm'"),
         (("--acodm-config", "no_such.yaml"), 1, "cannot read the config no_such.yaml"),
     ],
 )

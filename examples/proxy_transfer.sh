@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Proxy mode from end to end: a small model's run learns a policy, which then drives a larger model;
+# the larger model is also trained with natural weights, to compare.
+#
+#   examples/proxy_transfer.sh TRAIN_MANIFEST VALID_MANIFEST OUTPUT [trainer flags]
+#
+# The manifests are those of tools/preprocess_pile.py. STEPS, PROXY and TARGET (model flags) may be
+# set in the environment; further flags go to all three runs. Runs that are there are not repeated.
+set -euo pipefail
+
+train=$1 valid=$2 output=$3
+shift 3
+here=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-$here/.venv/bin/python}
+processes=${PROCESSES:-1}
+proxy=${PROXY:---num-layers 2 --hidden-size 64 --num-attention-heads 4}
+target=${TARGET:---num-layers 6 --hidden-size 128 --num-attention-heads 4}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+run() { # name, flags of the run
+  local directory=$output/$1
+  shift
+  [ -f "$directory/report.html" ] && return
+  echo "== ${directory##*/} =="
+  "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+    -m megatron_acodm.train --data-path "$train" --valid-data-path "$valid" --seq-length 128 \
+    --micro-batch-size 2 --global-batch-size 48 --train-iters "${STEPS:-300}" --lr 2e-3 \
+    --min-lr 2e-5 --lr-warmup-fraction 0.05 --eval-interval 100 --eval-iters 1000 \
+    --log-interval 50 --data-cache-path "$output/cache" --run-dir "$directory" "$@"
+  "$python" -m megatron_acodm.report "$directory"
+}
+
+# shellcheck disable=SC2086  # the models are several words
+{
+  run proxy $proxy --acodm-policy acodm --acodm-save-policy "$output/policy" "$@"
+  run target_with_proxy $target --acodm-policy frozen --acodm-load-policy "$output/policy" "$@"
+  run target_natural $target --acodm-policy static "$@"
+}
+
+"$python" - "$output" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from megatron_acodm.metrics import read_metrics
+
+for name in ("target_natural", "target_with_proxy"):
+    steps, validations = read_metrics(Path(sys.argv[1]) / name)
+    seconds = sum(step["step_time_s"] for step in steps)
+    mixing = sum(step["mixing_time_s"] for step in steps)
+    means = ", ".join(f"{key} {value:.1f}" for key, value in validations[-1]["mean_perplexity"].items())
+    print(f"{name:18} mean perplexity {means}; mixing took {mixing / seconds:.2%} of the step time")
+PYTHON
