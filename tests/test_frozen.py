@@ -133,6 +133,21 @@ def test_what_is_saved_is_safetensors_and_json_with_its_origin(
     assert saved.min_weight == bound
 
 
+def test_what_used_up_domains_did_to_the_rails_is_not_saved(tmp_path: Path) -> None:
+    config = MixingConfig(max_weight=0.3)
+    policy = build_policy(config, DOMAINS, np.ones(6), 4, STEPS, seed=0)
+    assert isinstance(policy, AcodmPolicy)
+    policy.restrict(np.arange(6) < 2)
+    assert policy.bounds.ceiling.max() == 0.5
+    save_policy(tmp_path / "p", policy.exported({}))
+    assert _frozen(tmp_path / "p").bounds.ceiling.max() == 0.3
+    narrower = MixingConfig(
+        policy="frozen", policy_file=str(tmp_path / "p"), min_weight=0.1, max_weight=0.2
+    )
+    bounds = build_policy(narrower, DOMAINS, np.ones(6), 4, STEPS, seed=0).bounds
+    assert bounds.floor.max() == 0.1 and bounds.ceiling.max() == 0.2
+
+
 def test_other_domains_are_refused_with_the_difference(file: Path) -> None:
     with pytest.raises(ValueError, match="only there: f; only in this run: g"):
         _frozen(file, list("abcdeg"))

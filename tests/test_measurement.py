@@ -14,6 +14,7 @@ from host import SEQUENCE, forward_backward, micro_batches, tiny_model
 import megatron_acodm
 from megatron_acodm import AcodmConfig, Mixer, RunShape
 from megatron_acodm.config import AlignmentConfig, MixingConfig
+from megatron_acodm.megatron.measurement import _loss_and_tokens
 from megatron_acodm.megatron.model import TrainingModel
 from megatron_acodm.megatron.parameters import select_parameters
 
@@ -316,6 +317,56 @@ def test_forwards_of_other_chunks_of_a_virtual_pipeline_store_nothing(
         own = [loss[0] for loss, other in zip(losses, domains, strict=True) if other == domain]
         assert statistics.loss[domain] == pytest.approx(np.mean(own) / 32)
     assert statistics.tokens.sum() == 6 * 32
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({"lm loss": torch.tensor([90.0, 30.0])}, [90, 30]),
+        ({"lm loss": (90.0, 30)}, [90, 30]),
+        ({"lm loss": torch.tensor([90.0, 30.0]), "other": torch.tensor(1.0)}, [90, 30]),
+        ({"loss": torch.tensor(3.0)}, [3, 1]),
+        (torch.tensor(3.0), [3, 1]),
+        (3.0, [3, 1]),
+    ],
+)
+def test_loss_reports_of_the_hosts_there_are(report: Any, expected: list[float]) -> None:
+    assert _loss_and_tokens(report).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"lm loss": torch.ones(4)},
+        torch.ones(3),
+        {"load balancing loss": torch.tensor(0.1), "loss": torch.tensor(3.0)},
+        {},
+        None,
+    ],
+)
+def test_other_loss_reports_are_refused(report: Any) -> None:
+    with pytest.raises(ValueError, match="report {'lm loss': .loss sum, tokens.}"):
+        _loss_and_tokens(report)
+
+
+def test_a_broken_off_step_can_be_taken_again() -> None:
+    model = tiny_model()
+    mixer = _mixer(model)
+    with pytest.raises(KeyError), mixer.step(1, 0):
+        forward_backward(model, BATCHES)
+        raise KeyError
+    forward_backward(model, BATCHES[:2])  # not a step of the mixer's
+    with mixer.step(1, 0) as step:
+        forward_backward(model, BATCHES)
+        model.optimizer.step()
+    np.testing.assert_array_equal(
+        step.report().statistics.alignment, _unpatched_measure(tiny_model()).alignment
+    )
+
+
+def _unpatched_measure(model: TrainingModel) -> Any:
+    megatron_acodm.unpatch()
+    return _measure(model)
 
 
 @pytest.mark.parametrize(

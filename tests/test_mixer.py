@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from host import forward_backward, micro_batches, tiny_model
 import megatron_acodm
 from megatron_acodm import AcodmConfig, Mixer, RunShape, load_sidecar, save_sidecar
 from megatron_acodm.config import AgentConfig, AlignmentConfig, BlendingConfig, MixingConfig
+from megatron_acodm.megatron.measurement import StepMeasurement
 from megatron_acodm.megatron.model import TrainingModel
 
 ALIGNMENT = AlignmentConfig(depths=(1.0,), num_probes=2)
@@ -290,6 +293,52 @@ def test_without_a_lag_the_step_ends_with_its_decision(
     assert go_on.is_set()
     assert step.mixing_seconds > 0.1
     assert mixer.num_samples(16) == 16
+
+
+def test_a_domain_whose_tokens_are_all_masked_counts_as_not_drawn(
+    model: TrainingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = _mixer(model, {"a": 100, "b": 100, "c": 100})
+    add_losses = StepMeasurement._add_losses
+
+    def without_domain_0(self: StepMeasurement) -> None:
+        add_losses(self)
+        self.estimator.extra.view(3, 3)[:, 0] = 0.0
+
+    monkeypatch.setattr(StepMeasurement, "_add_losses", without_domain_0)
+    assert _train(mixer, model, until=4) == 4
+    assert mixer.controller is not None
+    assert mixer.controller.dropped_steps == mixer.controller.policy_failures == 0
+
+
+EXIT_WITH_A_PENDING_TASK = """
+import sys, threading, time
+import torch
+from megatron_acodm.megatron.background import Background
+
+released = threading.Event()
+background = Background(torch.device("cpu"), released.set)
+if sys.argv[1] == "busy":
+    ones = torch.ones(200, 200)
+    background.submit(lambda: [ones @ ones for _ in range(3000)])
+else:  # as in a broadcast that another rank never joins
+    background.submit(lambda: released.wait(600))
+time.sleep(0.1)
+raise RuntimeError("the user's own error")
+"""
+
+
+@pytest.mark.parametrize("task", ["busy", "stuck"])
+def test_a_process_that_ends_during_a_decision_ends_with_its_own_error(task: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT_WITH_A_PENDING_TASK, task],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("RuntimeError: the user's own error\n")
 
 
 def test_a_step_has_no_report_before_its_end(model: TrainingModel) -> None:

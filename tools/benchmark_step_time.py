@@ -3,7 +3,7 @@
 
 One model, built as the trainer builds it, is trained by all candidates in turns, in an order drawn
 anew for every round; ratios are taken within a round. A candidate is hooked into Megatron only for
-its own turn; its agent and ledger go on from its last one. Under the mixer a turn is two steps, of
+its own turn; its agent and ledger go on from its last one. A turn is two steps without a pause, of
 which the second is timed: what follows from the first one happens beside it, as in a run. Data is
 made up and lies on the device before the clock starts, as loading workers see to in a run.
 
@@ -51,6 +51,7 @@ SHAPES = {  # layers, hidden size, attention heads
     "pythia-160m": (12, 768, 12),
     "pythia-1b": (16, 2048, 16),
 }
+NO_HOOKS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 TRAIN_ITERS = 41_667  # of the run that the steps are taken from, the paper's
 WARM_UP_ROUNDS = 2
 MIN_ROUNDS = 6  # fewer leave no 95% interval of a median
@@ -158,36 +159,32 @@ class Trainer:
 
     def measure(self, candidate: Candidate) -> float:
         """Let the candidate take its turn; seconds of the timed step on the slowest rank."""
+        mixer = candidate.mixer
+        batches = [self._batches(candidate, candidate.iteration + ahead) for ahead in (0, 1)]
         torch.cuda.reset_peak_memory_stats()  # on the CPU: nothing
-        with self._hooked(candidate.mixer):
-            if candidate.mixer is not None:
-                self._step(candidate)  # what follows from it happens during the timed one
-            seconds, step = self._step(candidate)
-            candidate.step_s.append(seconds)
+        with self._hooked(mixer):
+            dist.barrier()
+            torch.cuda.synchronize()
+            for own in batches:
+                start = time.perf_counter()
+                consumed = candidate.iteration * self.args.global_batch_size
+                candidate.iteration += 1
+                hooks = mixer.step(candidate.iteration, consumed) if mixer else NO_HOOKS
+                with hooks as step:
+                    self._update(own, mixer)
+            torch.cuda.synchronize()
+            seconds = torch.tensor(time.perf_counter() - start, device=self.device)
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+            candidate.step_s.append(seconds.item())
             candidate.bytes["peak_bytes"] = torch.cuda.max_memory_allocated()
             if step is not None:
                 take_report(candidate, step)
-        return seconds
+        return candidate.step_s[-1]
 
-    def _step(self, candidate: Candidate) -> tuple[float, Step | None]:
-        batches, mixer = self._batches(candidate), candidate.mixer
-        consumed = candidate.iteration * self.args.global_batch_size
-        candidate.iteration += 1
-        dist.barrier()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        hooks = mixer.step(candidate.iteration, consumed) if mixer else contextlib.nullcontext()
-        with hooks as step:
-            self._update(batches, mixer)
-        torch.cuda.synchronize()
-        seconds = torch.tensor(time.perf_counter() - start, device=self.device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return seconds.item(), step
-
-    def _batches(self, candidate: Candidate) -> list[Tensor]:
-        """Tokens ``[micro-batch size, sequence + 1]`` of this rank's micro-batches."""
+    def _batches(self, candidate: Candidate, iteration: int) -> list[Tensor]:
+        """Tokens ``[micro-batch size, sequence + 1]`` of this rank's micro-batches of a step."""
         size, count = self.args.micro_batch_size, self.args.global_batch_size
-        samples = np.arange(count) + candidate.iteration * count
+        samples = np.arange(count) + iteration * count
         mine = samples.reshape(-1, self.data_size, size)[:, self.data_rank]
         return [
             torch.from_numpy(np.stack([candidate.sample(i)["text"] for i in row])).to(self.device)

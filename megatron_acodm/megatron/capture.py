@@ -93,10 +93,11 @@ class GradientCapture(Capture):
 class SideCapture(Capture):
     """What goes into each selected layer, and the gradient of what comes out.
 
-    A forward hook keeps the layer's input until the gradient of its output arrives; the layer's
-    own backward pass needs the same tensor for as long. A forward pass without gradients, as the
-    first one under activation recompute, is not looked at. Under sequence parallelism one side is
-    a slice of the sequence: it is folded, and then gathered.
+    A forward hook keeps the layer's input until the gradient of its output arrives: the tensor that
+    the layer's own backward pass needs next, unless the host keeps a smaller copy or offloads it
+    (8-bit layers, activation offloading), when it costs its memory. A forward pass without
+    gradients, as the first one under activation recompute, is not looked at. Under sequence
+    parallelism one side is a slice of the sequence: it is folded, and then gathered.
     """
 
     estimator: CapturedEstimator
@@ -123,7 +124,8 @@ class SideCapture(Capture):
             del module
             result = output[0] if isinstance(output, tuple) else output
             if is_active() and result.requires_grad:
-                result.register_hook(lambda grad: on_backward(index, inputs[0], grad))
+                kept = [inputs[0]]  # let go with the hook's call, before the graph is
+                result.register_hook(lambda grad: on_backward(index, kept.pop(), grad))
 
         return [
             layer.register_forward_hook(functools.partial(forward, index))

@@ -118,6 +118,11 @@ class Decisions:
             )
         return count
 
+    def is_decided(self, consumed_samples: int) -> bool:
+        """Whether the ledger has the step that starts at this sample."""
+        with self._lock:
+            return consumed_samples < self.ledger.num_samples
+
     def domains_of(self, samples: np.ndarray) -> np.ndarray:
         """Domain [N] int32 of samples [N] int64."""
         with self._lock:
@@ -148,7 +153,8 @@ class Decisions:
                 iteration=iteration,
                 progress=min(1.0, iteration / self._run.train_iters),
                 weights=weights,
-                samples=samples,
+                # What was drawn but is masked in the loss was not seen.
+                samples=np.where(statistics.tokens > 0, samples, 0),
                 available=available,
                 loss=statistics.loss,
                 alignment=statistics.alignment,

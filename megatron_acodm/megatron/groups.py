@@ -52,10 +52,19 @@ class ParallelGroups:
         )
 
 
+_timeout: timedelta | None = None  # of the trainer's groups; None: torch's own
+
+
 @functools.cache
 def _control_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     del world  # one for each time that torch.distributed was started
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=_timeout)
+
+
+def abandon_control_group(group: dist.ProcessGroup) -> None:
+    """Make whoever waits for other ranks in the control group fail; the run is over."""
+    _control_group.cache_clear()
+    dist.destroy_process_group(group)
 
 
 def check_layout(model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -121,7 +130,9 @@ def initialize_distributed(
         "WORLD_SIZE": "1",
     }.items():
         os.environ.setdefault(name, value)  # a single process needs no torchrun
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    global _timeout
+    _timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, timeout=_timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,

@@ -82,6 +82,7 @@ class StepMeasurement:
         self._active = False
         self._store: Sequence[Any] | None = None
         self._work: dist.Work | None = None
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.seconds = 0.0
         self._handles = capture.register(lambda: self._active, self._on_backward)
 
@@ -97,7 +98,8 @@ class StepMeasurement:
         self._num_micro_batches = len(domains)
         self._domains: list[list[int]] = domains.tolist()
         self._is_pure = bool((domains == domains[:, :1]).all())
-        self._domains_on_device = torch.from_numpy(domains).long().to(self._device)
+        if self._groups.owns_loss:
+            self._domains_on_device = _to_device(torch.from_numpy(domains).long(), self._device)
         self._grad_scale = grad_scale
         self._per_token = per_token
         self._store = None
@@ -118,8 +120,6 @@ class StepMeasurement:
         if not self._active:
             return
         start = time.perf_counter()
-        if self._reduced:  # the host runs the step again (its rerun state machine)
-            self._reset()
         micro_batch = self._calls[index]
         self._calls[index] += 1
         if micro_batch < self._num_micro_batches:
@@ -147,9 +147,9 @@ class StepMeasurement:
             )
         if self._store is not forward_data_store:
             if self._store is not None:
-                self._reset()  # the host runs the step again
+                self._reset()  # the host runs the step again (its rerun state machine)
             self._store = forward_data_store
-        if len(forward_data_store) > len(self._reports):
+        if self._groups.owns_loss and len(forward_data_store) > len(self._reports):
             self._reports.append(_loss_and_tokens(report) if self._is_pure else sequences)
         self.seconds += time.perf_counter() - start
 
@@ -163,6 +163,12 @@ class StepMeasurement:
             )
         # [micro-batches, sequences or 1, (loss sum, tokens)]
         losses = torch.stack([report.detach().float() for report in self._reports])
+        losses = losses.to(self._device)
+        if not self._is_pure and losses.shape[1:] != (len(self._domains[0]), 2):
+            raise ValueError(
+                f"the loss function reports {SEQUENCE_LOSSES!r} as {list(losses.shape[1:])}; give "
+                f"[{len(self._domains[0])}, 2]: loss sum and token count of each sequence"
+            )
         losses = losses.view(len(losses), -1, 2)
         # The host divides each micro-batch's loss by the tokens in it.
         share = losses[..., 1:] / losses[..., 1].sum(1).clamp(min=1.0)[:, None, None]
@@ -183,7 +189,7 @@ class StepMeasurement:
                 return host(*args, **kwargs)
             start = time.perf_counter()
             self._check_complete()
-            if self._groups.owns_loss and self._reports:
+            if self._reports:
                 self._add_losses()
             self._work = dist.all_reduce(
                 self.estimator.packed(), group=self._groups.data, async_op=True
@@ -208,12 +214,17 @@ class StepMeasurement:
                     "select parameters that every micro-batch uses"
                 )
 
+    def abandon(self) -> None:
+        """Forget a step that was broken off."""
+        self._active = False
+        self._store = None
+
     def finish(self) -> Callable[[], StepStatistics]:
         """Start to sum over the model's shards, after the host's optimizer step; collective.
 
         Returns:
             What waits for the sums, in any thread, and gives the statistics. Nothing else waits:
-            the host goes on, and its device too.
+            the host goes on, and so does what its device was given to do.
         """
         if not self._reduced:
             raise RuntimeError("the step ended without finalize_model_grads; nothing was measured")
@@ -223,7 +234,7 @@ class StepMeasurement:
         self._work.wait()
         self._work = None
         vector = self._local_vector()
-        fetch = _sum_in_background(vector, self._groups.model)
+        fetch = _sum_in_background(vector, self._groups.model, self._side_stream)
         reduced = self.estimator.packed_bytes + vector.nbytes + self._capture.sent_bytes
         num_micro_batches, per_token = self._num_micro_batches, self._per_token
         return lambda: self._unpack(fetch(), num_micro_batches, per_token, reduced)
@@ -270,21 +281,32 @@ class StepMeasurement:
         self._handles = []
 
 
-def _sum_in_background(vector: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], np.ndarray]:
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _sum_in_background(
+    vector: torch.Tensor, group: dist.ProcessGroup, side_stream: torch.cuda.Stream | None
+) -> Callable[[], np.ndarray]:
     """Start an all-reduce; the result waits for it and gives the sums on the host."""
     work = dist.all_reduce(vector, group=group, async_op=True)
-    if vector.device.type == "cpu":
+    if side_stream is None:
 
         def fetch() -> np.ndarray:
             work.wait()
             return vector.numpy()
 
         return fetch
-    work.wait()  # the stream waits, not the host
     on_host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-    on_host.copy_(vector, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
+    arrived = torch.cuda.Event(blocking=True)
+    with torch.cuda.stream(side_stream):
+        work.wait()  # this stream waits: neither the host nor the stream that it trains on
+        on_host.copy_(vector, non_blocking=True)
+        arrived.record()
+    vector.record_stream(side_stream)
 
     def fetch_from_device() -> np.ndarray:
         arrived.synchronize()
@@ -297,11 +319,23 @@ def _loss_and_tokens(report: Any) -> torch.Tensor:
     """Read the loss report that a host's loss function stores for a micro-batch: [2].
 
     Megatron-LM stores ``{"lm loss": [loss sum, tokens]}``; older loops store the mean loss alone.
+
+    Raises:
+        ValueError: the report is neither.
     """
     value = report
-    if isinstance(report, dict):
+    if isinstance(report, dict) and ("lm loss" in report or len(report) == 1):
         value = report.get("lm loss", next(iter(report.values())))
     if isinstance(value, (tuple, list)):
         value = torch.stack([torch.as_tensor(part).float() for part in value])
-    value = torch.as_tensor(value).detach().float().reshape(-1)
-    return value if value.numel() == 2 else torch.stack([value[0], torch.ones_like(value[0])])
+    if isinstance(value, (torch.Tensor, float)):
+        value = torch.as_tensor(value).detach().float().reshape(-1)
+        if value.numel() == 2:
+            return value
+        if value.numel() == 1:
+            return torch.cat([value, torch.ones_like(value)])
+    found = list(value.shape) if isinstance(value, torch.Tensor) else report
+    raise ValueError(
+        f"the loss function reports {found} of a micro-batch; report {{'lm loss': [loss sum, "
+        "tokens]}, or the mean loss alone"
+    )

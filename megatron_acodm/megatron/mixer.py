@@ -18,7 +18,11 @@ from megatron_acodm.megatron.background import Background
 from megatron_acodm.megatron.builder import domain_name
 from megatron_acodm.megatron.capture import build_capture
 from megatron_acodm.megatron.decisions import Decisions, StepReport
-from megatron_acodm.megatron.groups import ParallelGroups, check_layout
+from megatron_acodm.megatron.groups import (
+    ParallelGroups,
+    abandon_control_group,
+    check_layout,
+)
 from megatron_acodm.megatron.measurement import StepMeasurement
 from megatron_acodm.megatron.parameters import make_probes, select_parameters
 from megatron_acodm.megatron.run import RunShape
@@ -33,6 +37,11 @@ class Step:
         """What this rank waited for mixing in the step, once that is over."""
 
         self._future: Future[StepReport] | None = None
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether ``report`` would not have to wait."""
+        return self._future is not None and self._future.done()
 
     def report(self) -> StepReport:
         """What the step showed; waits until the decision that follows from it is made.
@@ -140,6 +149,8 @@ class Mixer:
         from megatron.core.utils import get_model_config
 
         decisions = self.decisions
+        if self.measurement is not None:
+            raise RuntimeError("the mixer is attached to a model already; detach it first")
         check_layout(model_chunks)
         self._groups = ParallelGroups.from_parallel_state()
         self._model_config = get_model_config(model_chunks[0])
@@ -150,7 +161,6 @@ class Mixer:
         )
         num_layers = self._model_config.num_layers
         device = next(model_chunks[0].parameters()).device
-        self._background = Background(device)
         self._one = torch.ones(1, device=device)
         alignment, needs_alignment = self.config.alignment, decisions.needs_alignment
         parameters = (
@@ -173,6 +183,8 @@ class Mixer:
             self._groups,
             device,
         )
+        control = self._groups.control
+        self._background = Background(device, lambda: abandon_control_group(control))
 
     def detach(self) -> None:
         """Remove the hooks from the model; ``attach`` can hook it again."""
@@ -197,7 +209,7 @@ class Mixer:
         Raises:
             RuntimeError: when no step of the ledger starts there.
         """
-        if consumed_samples >= self.decisions.ledger.num_samples:
+        if not self.decisions.is_decided(consumed_samples):
             self._settle()
         return self.decisions.num_samples(consumed_samples)
 
@@ -245,6 +257,9 @@ class Mixer:
         step.mixing_seconds = time.perf_counter() - start
         try:
             yield step
+        except BaseException:
+            self.measurement.abandon()
+            raise
         finally:
             config.finalize_model_grads_func = finalize
         start = time.perf_counter()
@@ -255,6 +270,7 @@ class Mixer:
     def _finish(self, step: Step, iteration: int, consumed_samples: int) -> None:
         assert self.measurement is not None and self._background is not None
         fetch = self.measurement.finish()
+        step._future = self._pending  # if that failed, so has this step
         self._settle()
         step._future = self._pending = self._background.submit(
             lambda: self.decisions.follow_up(

@@ -67,7 +67,7 @@ class WeightProbe:
             torch.linalg.vector_norm(values, dtype=torch.float64)
             for values in (after, after - before)
         ]
-        count = norms[0].new_tensor(float(after.numel()))
+        count = torch.full_like(norms[0], float(after.numel()))
         return torch.stack([norms[0].square(), norms[1].square(), count])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ class Recorder:
         """Take a finished step; record the one before."""
         self.flush()
         self._unrecorded = step
+        if step.mixing is None:
+            self.flush()
 
     def flush(self) -> None:
         """Record the last finished step, if it is not yet; waits for what mixing makes of it."""
@@ -143,7 +146,11 @@ class Recorder:
             self._writer.validation(iteration, losses, self._natural_weights)
 
     def close(self) -> None:
-        """Close the files."""
+        """Record the last step, unless it would have to be waited for, and close the files."""
+        step = self._unrecorded
+        if step is not None and step.mixing is not None and step.mixing.is_decided:
+            with contextlib.suppress(Exception):  # what ended the run is told elsewhere
+                self.flush()
         if self._writer is not None:
             self._writer.close()
 

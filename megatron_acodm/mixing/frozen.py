@@ -20,8 +20,9 @@ class FrozenPolicy(Policy):
     """AC-ODM with a proxy (arXiv 2505.23878): the policy of a small model's run, for a large one.
 
     It needs the losses and weight norms of each step, and no gradient. Domains are matched by name,
-    in any order. Features are standardised over this run's own past, as they were in the proxy's.
-    The first mixture is what the actor gives to the mean state at the start of a run.
+    in any order. The rails are those that it learned within, unless the config has a min_weight or
+    a lower max_weight. Features are standardised over this run's own past, as they were over the
+    proxy's. The first mixture is what the actor gives to the mean state at the start of a run.
     """
 
     name: ClassVar[str] = "frozen"
@@ -38,7 +39,9 @@ class FrozenPolicy(Policy):
         self._order = _matched(self._saved, setting, config.policy_file)
         active = setting.active[self._order]
         share = 1.0 / int(active.sum())
-        low, high = min(self._saved.min_weight, share), max(self._saved.max_weight, share)
+        low = self._saved.min_weight if config.min_weight is None else config.min_weight
+        high = min(self._saved.max_weight, config.max_weight)
+        low, high = min(low, share), max(high, share)
         self._own_bounds = Bounds.build(active, low, high)
         self._actor = self._saved.build_actor(self._own_bounds)
         self.encoder = StateEncoder(len(self._order), setting.num_probes)
