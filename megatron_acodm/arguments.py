@@ -112,6 +112,9 @@ def _add_output(group: Any) -> None:
                        help="steps between validations; 0: none")  # fmt: skip
     group.add_argument("--eval-iters", type=int, default=10,
                        help="global batches of a domain's validation text, at most")  # fmt: skip
+    group.add_argument("--eval-ema-decay", type=float, metavar="DECAY",
+                       help="validate the exponential moving average of the weights over steps, "
+                       "in float32, such as 0.99; default: the weights themselves")  # fmt: skip
     group.add_argument("--log-interval", type=int, default=10)
     group.add_argument("--exit-interval", type=int,
                        help="save and stop after a step that is a multiple of this")  # fmt: skip
@@ -157,6 +160,9 @@ def _add_acodm(group: Any) -> None:
     group.add_argument("--acodm-depths", type=float, nargs="+",
                        help="relative depths of the layers whose gradients count")  # fmt: skip
     group.add_argument("--acodm-kind", help="their weight: fc1, fc2, qkv or proj")
+    group.add_argument("--acodm-gram-interval", type=int,
+                       help="steps between records of all products of the domains' "
+                       "gradients")  # fmt: skip
     group.add_argument("--acodm-initial-weights", choices=("natural", "uniform"))
     group.add_argument("--acodm-min-weight", type=float)
     group.add_argument("--acodm-max-weight", type=float)
@@ -196,6 +202,7 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
             "coordinates": args.acodm_coordinates,
             "parameters": None if args.acodm_parameters is None else tuple(args.acodm_parameters),
             "kind": args.acodm_kind,
+            "gram_interval": args.acodm_gram_interval,
             "depths": None if args.acodm_depths is None else tuple(args.acodm_depths),
         },
     }
@@ -250,6 +257,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not 0 <= args.lr_warmup_fraction < 1:
         raise ValueError(
             f"--lr-warmup-fraction is {args.lr_warmup_fraction}; it must lie in [0, 1)"
+        )
+    if args.eval_ema_decay is not None and not 0 <= args.eval_ema_decay < 1:
+        raise ValueError(
+            f"--eval-ema-decay is {args.eval_ema_decay}; it must lie in [0, 1), or be left out"
         )
     _check_split(args.split)
     if args.acodm_adopt and not args.load:

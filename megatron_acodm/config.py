@@ -53,6 +53,16 @@ class MixingConfig:
     max_weight: float = 1.0
     """Highest share an online policy may give to a domain."""
 
+    collapse_weight: float | None = None
+    """Weight of one domain above which a policy counts as collapsed onto it, and a warning says so.
+
+    None: nine tenths of the way from the uniform share to the most that the floors of the others
+    leave. A domain that starts above it is no collapse.
+    """
+
+    collapse_steps: int = 100
+    """Steps in a row that a domain must be above ``collapse_weight``."""
+
     agent: AgentConfig = field(default_factory=AgentConfig)
     """The agent of policy ``acodm``."""
 
@@ -77,6 +87,12 @@ class MixingConfig:
         require_in_range("mixing.max_weight", self.max_weight, 0.0, 1.0)
         if self.min_weight is not None:
             require_in_range("mixing.min_weight", self.min_weight, 0.0, self.max_weight)
+        if self.collapse_weight is not None:
+            require_in_range("mixing.collapse_weight", self.collapse_weight, 0.0, 1.0)
+        require(
+            self.collapse_steps >= 1,
+            f"mixing.collapse_steps is {self.collapse_steps}; it must be at least 1",
+        )
         require(
             self.weights is None or self.policy == "static",
             f"mixing.weights is for policy 'static', not {self.policy!r}; remove the weights or "
@@ -221,6 +237,9 @@ class AlignmentConfig:
     ``decoder.layers.11.mlp.linear_fc2.weight`` or ``decoder.layers.*.self_attention.*.weight``.
     """
 
+    gram_interval: int = 0
+    """Steps between records of all products of the domains' mean gradients; 0: none."""
+
     num_probes: int = 4
     """Layers, evenly spread over the depth, whose weight norms the state holds."""
 
@@ -264,6 +283,10 @@ class AlignmentConfig:
             f"{self.estimator!r}; choose one of them",
         )
         require_in_range("alignment.seed", self.seed, 0, 2**32 - 1)
+        require(
+            self.gram_interval >= 0,
+            f"alignment.gram_interval is {self.gram_interval}; it must be at least 0",
+        )
         require(self.num_probes >= 1, f"alignment.num_probes is {self.num_probes}; at least 1")
 
 

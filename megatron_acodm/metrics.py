@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_acodm.files import write_atomically
-
-logger = logging.getLogger(__name__)
+from megatron_acodm.mirrors import open_mirrors
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
@@ -217,8 +215,7 @@ class MetricsWriter:
         self._last_validation = max((x["iteration"] for x in kept if "validation" in x), default=-1)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         first_step = resume_from + 1 if resume_from else 0
-        self._tensorboard = _open_tensorboard(directory, first_step) if tensorboard else None
-        self._wandb = _open_wandb(directory, wandb_project) if wandb_project else None
+        self._mirrors = open_mirrors(directory, tensorboard, wandb_project, first_step)
 
     def step(
         self,
@@ -240,7 +237,8 @@ class MetricsWriter:
             step_time_s: wall-clock seconds of the whole step.
             mixing_time_s: seconds of it that the step waited for mixing.
             domains: per-domain values, as ``domain_metrics`` arranges them.
-            **extra: further numbers or nested mappings of numbers, e.g. ``grad_norm``.
+            **extra: further numbers or nested mappings of numbers, e.g. ``grad_norm``; ``gram``,
+                [K, K] products of the domains' mean gradients, is mirrored as a heat map.
 
         Raises:
             ValueError: if the step does not come after the last one recorded.
@@ -288,10 +286,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close every output."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for mirror in self._mirrors:
+            mirror.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -303,14 +299,8 @@ class MetricsWriter:
         values = _plain(values)
         self._file.write(_encode({"iteration": iteration, **values}))
         self._file.flush()
-        scalars = dict(_scalars(values))
-        if self._tensorboard is not None:
-            for tag, value in scalars.items():
-                self._tensorboard.add_scalar(tag, value, iteration)
-            if "validation" in values:
-                self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log({"iteration": iteration, **scalars})
+        for mirror in self._mirrors:
+            mirror.log(iteration, values)
 
 
 def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -366,42 +356,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield (tag, number); a domain's values are grouped by quantity, so that a chart compares."""
-    for key, value in values.items():
-        if key == "domains":
-            for domain, entry in value.items():
-                for quantity, number in entry.items():
-                    if number is not None:
-                        yield f"{quantity}/{domain}", number
-        elif isinstance(value, Mapping):
-            yield from ((f"{key}/{name}", x) for name, x in value.items() if _is_number(x))
-        elif _is_number(value):
-            yield f"train/{key}", value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
-
-
-def _open_tensorboard(directory: Path, first_step: int) -> Any:
-    """A TensorBoard writer that hides events of an earlier attempt at ``first_step`` and later."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning("tensorboard is not installed: scalars go to %s only", METRICS_FILE)
-        return None
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
-
-
-def _open_wandb(directory: Path, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"wandb_project is {project!r}, but wandb is not installed; install it "
-            "(pip install wandb) or leave the project out"
-        ) from error
-    return wandb.init(project=project, dir=str(directory), name=directory.name)

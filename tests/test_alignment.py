@@ -400,7 +400,7 @@ def test_the_benchmark_writes_figures_of_ways_that_agree(tmp_path, capsys):
     assert figures["machine"]["torch"] == torch.__version__
 
     # The published way and ours are timed on the same work: they find the same products.
-    way = benchmark.RewardPath(3, 300, 4, 1 << 18, torch.device("cpu"))
+    way = benchmark.RewardPath(3, 300, 4, 8, 1 << 18, torch.device("cpu"))
     way.published()
     expected = benchmark.published_products(way.matrix).double()
     for path in (way.by_gradient, way.by_growth):

@@ -206,6 +206,20 @@ def _fuse_accumulation(parameter: Any) -> None:
     parameter.register_hook(fused)
 
 
+def test_all_products_of_the_mean_gradients_are_there_when_asked_for() -> None:
+    gradients, _ = _reference(tiny_model())
+    asked = dataclasses.replace(CONFIG, gram_interval=1)
+    gram = _measure(tiny_model(), config=asked).gram
+    expected = gradients @ gradients.T
+    np.testing.assert_allclose(
+        gram[:3, :3], expected[:3, :3], rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+    )
+    assert np.isnan(gram[3]).all() and np.isnan(gram[:, 3]).all()
+    for interval in (0, 2):  # the step measured is the first
+        config = dataclasses.replace(CONFIG, gram_interval=interval)
+        assert _measure(tiny_model(), config=config).gram is None
+
+
 def test_probes_see_the_weights_and_their_change() -> None:
     model = tiny_model()
     weights = [model.chunks[0].module.decoder.layers[i].mlp.linear_fc2.weight for i in (0, 2, 3)]

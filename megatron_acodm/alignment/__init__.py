@@ -9,7 +9,7 @@ from megatron_acodm.alignment.estimator import (
 )
 from megatron_acodm.alignment.exact import ExactEstimator
 from megatron_acodm.alignment.sampled import SampledEstimator
-from megatron_acodm.alignment.scores import mean_gradient_scores
+from megatron_acodm.alignment.scores import mean_gradient_gram, mean_gradient_scores
 from megatron_acodm.alignment.selection import layers_at_depths, probe_layers
 from megatron_acodm.alignment.sketch import SketchEstimator
 
@@ -23,6 +23,7 @@ __all__ = [
     "SketchEstimator",
     "build_estimator",
     "layers_at_depths",
+    "mean_gradient_gram",
     "mean_gradient_scores",
     "probe_layers",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_acodm.config import AlignmentConfig
-from megatron_acodm.ops import MAX_DOMAINS, domain_alignment
+from megatron_acodm.ops import MAX_DOMAINS, domain_alignment, gram
 
 
 class Estimator(ABC):
@@ -90,6 +90,13 @@ class Estimator(ABC):
             W = self.rows.new_zeros(self.num_domains, dtype=torch.float64)
             return W, W.clone()
         return domain_alignment(self.rows)
+
+    def gram(self) -> Tensor:
+        """This rank's part of all products of rows, [K, K] float64, from the reduced rows."""
+        rows = self.rows
+        if rows.numel() == 0:
+            return rows.new_zeros(self.num_domains, self.num_domains, dtype=torch.float64)
+        return gram(rows)
 
     def _check_domain(self, domain: int) -> None:
         if not 0 <= domain < self.num_domains:

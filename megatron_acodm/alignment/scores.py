@@ -47,3 +47,19 @@ def mean_gradient_scores(
     drawn = np.where(a > 0, a, np.nan)
     # Divided step by step: the square of a loss scale times a small share need not be a float.
     return W / scale / scale / drawn, squares / scale / scale / drawn / drawn
+
+
+def mean_gradient_gram(products: ArrayLike, share: ArrayLike, scale: float) -> NDArray[np.float64]:
+    """The same correction for all products of the contributions.
+
+    Args:
+        products: [K, K] ``<r_i, r_j>``, summed over every rank's parameters.
+        share: [K] realised share of each domain in the step's batch.
+        scale: what every gradient was multiplied by.
+
+    Returns:
+        [K, K] ``<g_i, g_j>``, nan where a share is 0.
+    """
+    a = np.asarray(share, dtype=np.float64)
+    drawn = scale * np.where(a > 0, a, np.nan)
+    return np.asarray(products, dtype=np.float64) / drawn[:, None] / drawn

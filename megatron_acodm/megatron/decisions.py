@@ -70,7 +70,7 @@ class Decisions:
             self.needs_alignment,
         )
         # Every rank builds the policy, so that bad settings fail on every rank alike.
-        controller = MixingController(self._build_policy(weights))
+        controller = MixingController(self._build_policy(weights), config.mixing)
         self.controller = controller if _rank() == 0 else None
         self.ledger = Ledger(
             self._sizes,
@@ -211,7 +211,11 @@ class Decisions:
             "policy": self._config.mixing.policy,
             "mixing.weights": self._config.mixing.weights,
             # Rewards of other gradients must not be averaged with the saved ones.
-            "alignment": asdict(self._config.alignment),
+            "alignment": {
+                name: value
+                for name, value in asdict(self._config.alignment).items()
+                if name != "gram_interval"  # a matter of records
+            },
             "decision lag": self._config.blending.decision_lag,
             "granule": self._config.blending.granule,
             "minimum quota": self._config.blending.minimum_quota,

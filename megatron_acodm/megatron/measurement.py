@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_acodm.alignment import mean_gradient_scores
+from megatron_acodm.alignment import mean_gradient_gram, mean_gradient_scores
 from megatron_acodm.megatron.capture import Capture
 from megatron_acodm.megatron.groups import ParallelGroups
 from megatron_acodm.megatron.parameters import WeightProbe
@@ -31,6 +31,7 @@ class StepStatistics:
     grad_sq_norm: np.ndarray | None  # [K]
     weight_norm: np.ndarray  # [D] root mean square of the probed weights
     weight_delta_norm: np.ndarray  # [D] root mean square of their change in this step
+    gram: np.ndarray | None  # [K, K] products of mean gradients, in the steps that ask for them
     reduced_bytes: int  # that this rank put into the step's reductions, and into gathering
 
     @property
@@ -54,6 +55,7 @@ class StepMeasurement:
         num_probes: D, probes of all pipeline stages.
         num_domains: K.
         measure_gradients: whether gradients are to be compared.
+        gram_interval: steps between Gram matrices in the statistics; 0: none.
         groups: who sums what with whom.
         device: where the model lives.
     """
@@ -68,6 +70,7 @@ class StepMeasurement:
         num_probes: int,
         num_domains: int,
         measure_gradients: bool,
+        gram_interval: int,
         groups: ParallelGroups,
         device: torch.device,
     ) -> None:
@@ -77,6 +80,7 @@ class StepMeasurement:
         self._num_probes = num_probes
         self._num_domains = num_domains
         self._measure_gradients = measure_gradients
+        self._gram_interval = gram_interval if measure_gradients else 0
         self._groups = groups
         self._device = device
         self._active = False
@@ -86,15 +90,19 @@ class StepMeasurement:
         self.seconds = 0.0
         self._handles = capture.register(lambda: self._active, self._on_backward)
 
-    def begin(self, domains: np.ndarray, grad_scale: torch.Tensor, per_token: bool) -> None:
+    def begin(
+        self, iteration: int, domains: np.ndarray, grad_scale: torch.Tensor, per_token: bool
+    ) -> None:
         """Start a step whose micro-batches on this rank are of the given domains, in order.
 
         Args:
+            iteration: number of the step.
             domains: ``[micro-batches, micro-batch size]`` domain of each sequence.
             grad_scale: factor that the host multiplies losses with before the backward pass.
             per_token: whether the host sums token losses (``calculate_per_token_loss``).
         """
         self.seconds = 0.0
+        self._with_gram = self._gram_interval > 0 and iteration % self._gram_interval == 0
         self._num_micro_batches = len(domains)
         self._domains: list[list[int]] = domains.tolist()
         self._is_pure = bool((domains == domains[:, :1]).all())
@@ -248,30 +256,36 @@ class StepMeasurement:
         probes = torch.zeros(self._num_probes, 3, dtype=torch.float64, device=self._device)
         for probe in self._probes:
             probes[probe.index] = probe.after_update()
-        return torch.cat([sums, sq_norms, losses, probes.flatten(), scale])
+        parts = [sums, sq_norms, losses, probes.flatten(), scale]
+        if self._with_gram:
+            parts.append(self.estimator.gram().flatten())
+        return torch.cat(parts)
 
     def _unpack(
         self, vector: np.ndarray, num_micro_batches: int, per_token: bool, reduced_bytes: int
     ) -> StepStatistics:
         k = self._num_domains
         sums, sq_norms, loss_sum, tokens, shares = vector[: 5 * k].reshape(5, k)
-        probes = vector[5 * k : -1].reshape(self._num_probes, 3)
+        end = 5 * k + 3 * self._num_probes
+        probes, grad_scale = vector[5 * k : end].reshape(self._num_probes, 3), float(vector[end])
         with np.errstate(invalid="ignore", divide="ignore"):
             loss = np.where(tokens > 0, loss_sum / tokens, np.nan)
             norms = np.sqrt(probes[:, :2] / probes[:, 2:])
-        alignment = grad_sq_norm = None
+        alignment = grad_sq_norm = gram = None
         if self._measure_gradients:
             # The host averages over micro-batches and data-parallel ranks, or over tokens.
             if per_token:
                 total = max(tokens.sum(), 1.0)
-                share, scale = tokens / total, float(vector[-1]) * total
+                share, scale = tokens / total, grad_scale * total
             else:
                 replicas = dist.get_world_size(self._groups.data)
                 share = np.minimum(shares / (replicas * num_micro_batches), 1.0)
-                scale = float(vector[-1]) * replicas
+                scale = grad_scale * replicas
             alignment, grad_sq_norm = mean_gradient_scores(sums, sq_norms, share, scale)
+            if len(vector) > end + 1:
+                gram = mean_gradient_gram(vector[end + 1 :].reshape(k, k), share, scale)
         return StepStatistics(
-            loss, tokens, alignment, grad_sq_norm, norms[:, 0], norms[:, 1], reduced_bytes
+            loss, tokens, alignment, grad_sq_norm, norms[:, 0], norms[:, 1], gram, reduced_bytes
         )
 
     def detach(self) -> None:

@@ -180,6 +180,7 @@ class Mixer:
             alignment.num_probes,
             num_domains,
             needs_alignment,
+            alignment.gram_interval,
             self._groups,
             device,
         )
@@ -250,6 +251,7 @@ class Mixer:
         config.finalize_model_grads_func = self.measurement.around_finalize(finalize)
         scale = config.grad_scale_func
         self.measurement.begin(
+            iteration,
             self.micro_batch_domains(consumed_samples),
             self._one if scale is None else scale(self._one),
             bool(config.calculate_per_token_loss),

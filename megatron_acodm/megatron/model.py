@@ -2,13 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+class AveragedWeights:
+    """The exponential moving average of a model's weights, which validation may use in their place.
+
+    After step t the weights of step s count in proportion to decay^(t - s): a step ``1 / (1 -
+    decay)`` ago counts a third of the latest. The initial weights are no part of it.
+
+    Args:
+        chunks: the model's chunks on this rank.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, chunks: list[Any], decay: float) -> None:
+        self._decay = decay
+        self.parameters = [weight for chunk in chunks for weight in chunk.parameters()]
+        self.averages = [weight.detach().float().clone() for weight in self.parameters]
+
+    @torch.no_grad()
+    def update(self, iteration: int) -> None:
+        """Take in the weights after step ``iteration``, counted from 1."""
+        share = (1 - self._decay) / (1 - self._decay**iteration)
+        for average, weight in zip(self.averages, self.parameters, strict=True):
+            average.lerp_(weight.float(), share)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model have the averages for its weights, and afterwards its own, bit for bit."""
+        own = [weight.detach().clone() for weight in self.parameters]
+        self._copy(self.averages)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    def sharded_state(self, model: dict[str, Any]) -> dict[int, Any]:
+        """What distributed checkpointing saves, sharded as the ``model``'s own state is."""
+        from megatron.core.dist_checkpointing.optimizer import (
+            get_param_id_to_sharded_param_map,
+            make_sharded_optimizer_tensor,
+        )
+
+        weights = get_param_id_to_sharded_param_map(model, self.parameters)
+        return {
+            i: make_sharded_optimizer_tensor(weight, self.averages[i], "average")
+            for i, weight in weights.items()
+        }
+
+    def load_state(self, state: dict[int, torch.Tensor]) -> None:
+        """Take the averages that were saved."""
+        for i, average in state.items():
+            self.averages[i].copy_(average)
+
+    @torch.no_grad()
+    def _copy(self, values: list[torch.Tensor]) -> None:
+        for weight, value in zip(self.parameters, values, strict=True):
+            weight.copy_(value)
 
 
 @dataclass
@@ -19,6 +78,7 @@ class TrainingModel:
     optimizer: Any
     scheduler: Any  # learning rate and weight decay
     config: Any  # TransformerConfig
+    averages: AveragedWeights | None = None  # for validation
 
     def sharded_state(self, iteration: int, *, is_loading: bool) -> dict[str, Any]:
         """The state that Megatron's distributed checkpointing saves, or its form to load into."""
@@ -31,18 +91,23 @@ class TrainingModel:
         }
         model = self.chunks[0].module.sharded_state_dict(metadata=metadata)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
-        return {
+        state = {
             "model": model,
             "optimizer": optimizer,
             "opt_param_scheduler": self.scheduler.state_dict(),
             "iteration": iteration,
         }
+        if self.averages is not None:
+            state["averages"] = self.averages.sharded_state(model)
+        return state
 
     def load_state(self, state: dict[str, Any]) -> int:
         """Take a loaded state; returns its iteration."""
         self.chunks[0].module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
+        if self.averages is not None:
+            self.averages.load_state(state["averages"])
         return int(state["iteration"])
 
 
@@ -80,7 +145,10 @@ def build_model(args: Namespace, vocab_size: int) -> TrainingModel:
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = chunk.no_sync
-    return TrainingModel([chunk], optimizer, scheduler, config)
+    averages = None
+    if args.eval_ema_decay is not None:
+        averages = AveragedWeights([chunk], args.eval_ema_decay)
+    return TrainingModel([chunk], optimizer, scheduler, config, averages)
 
 
 def _transformer_config(args: Namespace) -> Any:

@@ -113,6 +113,8 @@ class Recorder:
                 "alignment_bytes": report.statistics.reduced_bytes,
                 "diagnostics": report.diagnostics,
             }
+            if report.statistics.gram is not None:
+                extra["gram"] = report.statistics.gram
         writer.step(
             step.iteration,
             consumed_samples=self._run.samples_before(step.iteration),

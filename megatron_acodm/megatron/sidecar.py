@@ -22,7 +22,7 @@ from megatron_acodm.mixing.serialization import load_state, save_state
 logger = logging.getLogger(__name__)
 
 FOLDER = "acodm"
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's layout."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -220,6 +221,8 @@ class Trainer:
                 f"step {self.iteration}: the gradient norm is {grad_norm}; the update was skipped "
                 "and the weights left as they were"
             )
+        if model.averages is not None:
+            model.averages.update(self.iteration)
         self.seconds["optimizer_s"] = time.perf_counter() - start
         loss = self._mean_loss(reports) if domains is None else float("nan")
         return loss, float(grad_norm or 0.0)
@@ -298,7 +301,8 @@ class Trainer:
         for chunk in self.model.chunks:
             chunk.eval()
         iterator = data.iterate(batches) if self.train_data is not None else None
-        with torch.no_grad():
+        averages = self.model.averages
+        with torch.no_grad(), averages.in_place() if averages else contextlib.nullcontext():
             reports = self._forward_backward(iterator, len(batches), None, True)
         sums = self._sum_over_ranks(reports, [domain for domain, _ in batches], len(data.names))
         losses = {

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from megatron_acodm.config import MixingConfig
-from megatron_acodm.mixing.agent import DDPGAgent, Losses
+from megatron_acodm.mixing.agent import DDPGAgent
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.rails import restricted
 from megatron_acodm.mixing.replay import ReplayBuffer, Transitions
 from megatron_acodm.mixing.reward import RewardTracker
-from megatron_acodm.mixing.simplex import Bounds, entropy, natural_weights, uniform_weights
+from megatron_acodm.mixing.simplex import Bounds, natural_weights, uniform_weights
 from megatron_acodm.mixing.state import StateEncoder
 from megatron_acodm.mixing.transfer import SavedPolicy
+
+_ROUNDING = 1e-6
+"""Differences of weights up to this are float32's."""
 
 
 class AcodmPolicy(Policy):
@@ -37,6 +40,7 @@ class AcodmPolicy(Policy):
         self.setting = setting
         self.config = config.agent
         self.bounds, self.initial_weights = _bounds_and_prior(config, setting)
+        self._first_bounds = self.bounds  # wider ones may follow when domains are used up
         num_domains = len(setting.domains)
         self.encoder = StateEncoder(num_domains, setting.num_probes)
         self.reward = RewardTracker(num_domains, self.config.reward_smoothing)
@@ -53,8 +57,7 @@ class AcodmPolicy(Policy):
         )
         self._noise = torch.Generator().manual_seed(seeds[2])
         self._previous: Tensor | None = None
-        self._weights = self.initial_weights
-        self._losses: Losses | None = None
+        self._figures: dict[str, float] = {}  # of the last update and the last action
 
     def decide(self, observation: Observation) -> np.ndarray:
         """Learn from one step; weights [K] for the next undecided one."""
@@ -67,13 +70,14 @@ class AcodmPolicy(Policy):
         self._previous = state
         if self.replay.size >= self.config.replay_batch_size:
             for _ in range(self.config.updates_per_step):
-                self._losses = self.agent.update(self._sample())
+                self._figures |= self.agent.update(self._sample())._asdict()
         weights = self.agent.act(self.encoder.standardize(state))
         if observation.progress <= self.config.exploration_fraction:
             noise = torch.randn(len(weights), generator=self._noise, dtype=torch.float64)
             weights = weights + self.config.exploration_std * noise.numpy()
-        self._weights = self.bounds.project(weights)
-        return self._weights
+        projected = self.bounds.project(weights)
+        self._figures["clipped_share"] = _clipped_share(self.bounds, weights, projected)
+        return projected
 
     def restrict(self, available: np.ndarray) -> None:
         """Mask the other domains out of the action, now and in every mixture to come."""
@@ -90,13 +94,15 @@ class AcodmPolicy(Policy):
         return self.reward.rewards
 
     def diagnostics(self) -> dict[str, float]:
-        """Raw scalar reward, entropy of the weights in nats, replay size, and the last losses."""
-        figures = {
-            "reward": self.reward.scalar,
-            "policy_entropy": entropy(self._weights),
-            "replay_size": float(self.replay.size),
-        }
-        return figures if self._losses is None else figures | self._losses._asdict()
+        """Figures of the agent; those of an update are missing until the first one.
+
+        - ``reward``: the last step's scalar, raw.
+        - ``replay_size``: transitions.
+        - ``critic_loss``, ``value``: see ``Losses``.
+        - ``clipped_share``: share of the weights that floor or ceiling cut after exploration noise.
+        """
+        figures = {"reward": self.reward.scalar, "replay_size": float(self.replay.size)}
+        return figures | self._figures
 
     def state_dict(self) -> dict[str, Any]:
         """Networks, optimizers, replay, moments, random states and what was last seen."""
@@ -107,7 +113,7 @@ class AcodmPolicy(Policy):
             "agent": self.agent.state_dict(),
             "noise": self._noise.get_state(),
             "previous": None if self._previous is None else self._previous.clone(),
-            "weights": torch.from_numpy(self._weights.copy()),
+            "figures": dict(self._figures),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,7 +124,7 @@ class AcodmPolicy(Policy):
         self.agent.load_state_dict(state["agent"])
         self._noise.set_state(state["noise"])
         self._previous = None if state["previous"] is None else state["previous"].clone()
-        self._weights = state["weights"].numpy().copy()
+        self._figures = dict(state["figures"])
 
     def exported(self, provenance: dict[str, Any]) -> SavedPolicy:
         """The actor as it is, for policy ``frozen``.
@@ -132,8 +138,8 @@ class AcodmPolicy(Policy):
             num_probes=self.setting.num_probes,
             hidden_size=self.config.hidden_size,
             num_layers=self.config.num_layers,
-            min_weight=float(self.bounds.floor.max()),
-            max_weight=float(self.bounds.ceiling.max()),
+            min_weight=float(self._first_bounds.floor.max()),
+            max_weight=float(self._first_bounds.ceiling.max()),
             prior=torch.from_numpy(self.initial_weights.copy()),
             actor={name: value.detach().clone() for name, value in actor.items()},
             provenance=provenance,
@@ -148,6 +154,19 @@ class AcodmPolicy(Policy):
             self.reward.standardize(raw.rewards),
             self.encoder.standardize(raw.next_states),
         )
+
+
+def _clipped_share(bounds: Bounds, point: np.ndarray, projected: np.ndarray) -> float:
+    """Share of the domains whose weight a bound changed when ``point`` [K] was projected.
+
+    The projection moves all other weights alike, so that the sum is 1 again.
+    """
+    active = bounds.active
+    free = active & (projected > bounds.floor) & (projected < bounds.ceiling)
+    if not free.any():
+        return 1.0
+    moved = projected - point
+    return float((np.abs(moved - moved[free].mean()) > _ROUNDING)[active].mean())
 
 
 def _bounds_and_prior(config: MixingConfig, setting: Setting) -> tuple[Bounds, np.ndarray]:

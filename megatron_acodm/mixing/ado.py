@@ -12,7 +12,6 @@ from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.rails import masked, rails, restricted
 from megatron_acodm.mixing.scaling_law import ScalingLaws, fit_scaling_laws
-from megatron_acodm.mixing.simplex import entropy
 
 _MIN_WEIGHT = 0.01
 """delta_min of the paper."""
@@ -90,10 +89,6 @@ class AdoPolicy(Policy):
     def rewards(self) -> np.ndarray | None:
         """[K] nats that each domain's loss falls by as n grows by a factor e; None before a fit."""
         return None if self._laws is None else self._laws.speed(float(self._sequences))
-
-    def diagnostics(self) -> dict[str, float]:
-        """Entropy of the weights in nats."""
-        return {"policy_entropy": entropy(self._weights)}
 
     def state_dict(self) -> dict[str, Any]:
         """The loss curve, its laws, and the averages."""

@@ -37,16 +37,28 @@ class Learner(Generic[Network]):
             The loss.
 
         Raises:
-            FloatingPointError: if the loss is not finite; the network is left as it was.
+            FloatingPointError: if the loss or its gradient is not finite. What is learned from is
+                finite, so the network has run away: it is put back to its target.
         """
         value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the {type(self.network).__name__}'s loss is {value}")
         gradients = torch.autograd.grad(loss, self.parameters)
+        # Adam keeps squares: one beyond float32 would hold its parameter still for ever.
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum().item()
+        if not (math.isfinite(value) and math.isfinite(squares)):
+            self._restart_from_target()
+            raise FloatingPointError(
+                f"the {type(self.network).__name__}'s loss is {value:.4g}, the squared norm of its "
+                f"gradient {squares:.4g}; it is put back to its target network"
+            )
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         return value
+
+    @torch.no_grad()
+    def _restart_from_target(self) -> None:
+        torch._foreach_copy_(self.parameters, self._target_parameters)
+        self.optimizer.state.clear()
 
     @torch.no_grad()
     def follow(self, tau: float) -> None:

@@ -11,7 +11,7 @@ from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.rails import restricted
-from megatron_acodm.mixing.simplex import Bounds, entropy
+from megatron_acodm.mixing.simplex import Bounds
 from megatron_acodm.mixing.state import StateEncoder
 from megatron_acodm.mixing.transfer import SavedPolicy, load_policy
 
@@ -66,10 +66,6 @@ class FrozenPolicy(Policy):
         """Mask the other domains out of the actor's choice."""
         self._own_bounds = restricted(self._own_bounds, available[self._order])
         self._actor.restrict(self._own_bounds)
-
-    def diagnostics(self) -> dict[str, float]:
-        """Entropy of the weights in nats."""
-        return {"policy_entropy": entropy(self._weights)}
 
     def state_dict(self) -> dict[str, Any]:
         """What the run has seen so far, and which actor decided."""

@@ -12,7 +12,6 @@ from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.rails import masked, rails, restricted
-from megatron_acodm.mixing.simplex import entropy
 
 _MAX_LOSS = 50.0
 """Nats beyond which a loss is a fault, not a reward to exponentiate."""
@@ -77,10 +76,6 @@ class OdmPolicy(Policy):
     def rewards(self) -> np.ndarray:
         """[K] moving averages R; nan for a domain never measured."""
         return np.where(self._rewards > 0.0, self._rewards, np.nan)
-
-    def diagnostics(self) -> dict[str, float]:
-        """Entropy of the weights in nats."""
-        return {"policy_entropy": entropy(self._weights)}
 
     def state_dict(self) -> dict[str, Any]:
         """The rewards and the last weights."""

@@ -11,7 +11,6 @@ from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.rails import masked, rails, restricted
-from megatron_acodm.mixing.simplex import entropy
 
 _MIN_INTERVAL = 10
 """Steps between updates at least."""
@@ -79,10 +78,6 @@ class PikePolicy(Policy):
     def rewards(self) -> np.ndarray:
         """[K] what the last update added to each log weight, before normalising; nan: unknown."""
         return self._gains
-
-    def diagnostics(self) -> dict[str, float]:
-        """Entropy of the weights in nats."""
-        return {"policy_entropy": entropy(self._weights)}
 
     def state_dict(self) -> dict[str, Any]:
         """The weights, and the sums since their last update."""

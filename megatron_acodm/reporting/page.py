@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_acodm.reporting import plots
+from megatron_acodm.reporting import diagnostics, plots
 from megatron_acodm.reporting.run import LAST_STEPS, Run
 from megatron_acodm.reporting.table import MEANS, domain_row, duration, number, percent, short
 
@@ -20,6 +20,9 @@ def render(run: Run) -> str:
         style=_STYLE,
         script=_SCRIPT,
         headline="\n".join(_card(*figure) for figure in _headline(run)),
+        notices="\n".join(
+            f'<p class="notice">{html.escape(text)}</p>' for text in diagnostics.notices(run)
+        ),
         rows="\n".join(_table_row(run, k) for k in range(len(run.domains))),
         plots="\n".join(_section(*plot) for plot in _plots(run)),
         details="\n".join(_detail(*item) for item in _details(run)),
@@ -86,9 +89,13 @@ def _plots(run: Run) -> list[tuple[str, str, str]]:
             x=run.validation_iteration, scale="log", markers=True,
             overall=run.mean_perplexity[:, 0],
         ),
+        *diagnostics.sections(run),
         (
             "Time", "Seconds a step, and the part of it that the step waited for mixing.",
-            plots.times(run.iteration, run.step_time_s, run.mixing_time_s),
+            plots.series(
+                "times", run.iteration, {"step": run.step_time_s, "mixing": run.mixing_time_s},
+                ylabel="seconds", unit=" s", scale="log",
+            ),
         ),
     ]  # fmt: skip
 
@@ -156,13 +163,15 @@ p { color: #57606a; margin: 2px 0 10px; } svg { width: 100%; height: auto; displ
 .card { border: 1px solid #d8dee4; border-radius: 8px; padding: 10px 14px; }
 .card span, .card small { display: block; color: #57606a; font-size: 13px; line-height: 1.35; }
 .card b { font-size: 23px; }
+.notice { border-left: 4px solid #D55E00; background: #fff4ec; color: #1f2328;
+  padding: 7px 14px; margin: 10px 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid #eaeef2;
   white-space: nowrap; }
 th { font-weight: 500; } th[scope=row], thead th:first-child { text-align: left; }
 thead th { color: #57606a; border-bottom: 1px solid #afb8c1; }
-thead tr:first-child th { border: 0; padding-bottom: 0; }
+thead tr:first-child th { border: 0; padding-bottom: 0; text-align: center; }
 tr[data-domain] { cursor: pointer; } tr[data-domain]:hover, tr.chosen { background: #f3f6f9; }
 tr svg { width: 26px; height: 10px; display: inline-block; margin-right: 9px; }
 .dim { opacity: .08; }
@@ -194,6 +203,7 @@ _PAGE = """<!DOCTYPE html>
 <title>{title}</title><style>{style}</style></head><body>
 <h1>{title}</h1><p>{subtitle}</p>
 <div class="cards">{headline}</div>
+{notices}
 <h2>Domains</h2><p>Point at a row to see its domain alone in every plot; click to keep it.</p>
 <div class="wide"><table><thead>
 <tr><th></th><th colspan="3">drawn</th><th colspan="2">weight</th>

@@ -35,6 +35,7 @@ _INK = "#1f2328"
 _MAX_POINTS = 800
 _MAX_LABELS = 30
 _LABEL_HEIGHT_IN = 0.175
+_LETTER_IN = 0.082
 _WIDTH_IN = 10.0
 
 _STYLE: Any = {
@@ -103,7 +104,7 @@ def domain_lines(
     """
     height = max(3.6, _LABEL_HEIGHT_IN * min(len(domains), _MAX_LABELS) + 0.7)
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure, axes = _axes(height, x)
+        figure, axes = _axes(height, x, max(map(len, domains)))
         ends: list[tuple[float, str, str, dict[str, Any]]] = []  # value, label, id, style
         for k, domain in enumerate(domains):
             colour, dashes = look(k)
@@ -119,23 +120,87 @@ def domain_lines(
         return _svg(figure, name)
 
 
-def times(x: np.ndarray, step_time_s: np.ndarray, mixing_time_s: np.ndarray) -> str:
-    """Plot the time of a step and the part of it that went to mixing, on a logarithmic axis."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": "times"}):
-        figure, axes = _axes(3.2, x)
+def series(
+    name: str,
+    x: np.ndarray,
+    values: dict[str, np.ndarray],
+    *,
+    ylabel: str | None = None,
+    unit: str = "",
+    percent: bool = False,
+    scale: str = "linear",
+    height: float = 3.2,
+) -> str:
+    """Plot a few lines that are not of domains.
+
+    Args:
+        name: prefix of the ids in the SVG.
+        x: [T] iterations.
+        values: [T] of each line, by its label; nan where it has no value.
+        ylabel: of the axis.
+        unit: behind each line's last value.
+        percent: values are shares.
+        scale: ``linear``, ``log`` (what is not positive is left out), or ``asinh``.
+        height: inches.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure, axes = _axes(height, x, max(map(len, values)))
         ends = []
-        for label, seconds, colour in (
-            ("step", step_time_s, _COLOURS[0]),
-            ("mixing", np.where(mixing_time_s > 0, mixing_time_s, np.nan), _COLOURS[1]),
-        ):
-            style: dict[str, Any] = {"color": colour, "linewidth": 1.0}
-            end = _line(axes, x, seconds, label, smooth=False, **style)
+        for k, (label, line) in enumerate(values.items()):
+            style: dict[str, Any] = {"color": _COLOURS[k], "linewidth": 1.2}
+            shown = np.where(line > 0, line, np.nan) if scale == "log" else line
+            gid = label.replace(" ", "-")
+            end = _line(axes, x, shown, gid, smooth=False, **style)
             if end is not None:
-                ends.append((end, f"{label}  {_format(end, False)} s", label, style))
-        axes.set_ylabel("seconds")
-        _scale(axes, "log", step_time_s)
-        _label_ends(axes, ends, 3.2)
-        return _svg(figure, "times")
+                ends.append((end, f"{label}  {_format(end, percent)}{unit}", gid, style))
+        if ylabel is not None:
+            axes.set_ylabel(ylabel)
+        _scale(axes, scale, np.stack(list(values.values()), axis=1), percent=percent)
+        _label_ends(axes, ends, height)
+        return _svg(figure, name)
+
+
+def gram_figure(domains: list[str], gram: np.ndarray) -> Figure:
+    """A heat map of the cosines between the domains' mean gradients.
+
+    Args:
+        domains: [K] names.
+        gram: [K, K] products of the mean gradients; nan in the rows and columns of domains that
+            were not drawn, which stay white.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        norms = np.sqrt(np.diag(gram))
+        cosines = gram / norms[:, None] / norms
+    count = len(domains)
+    longest = _LETTER_IN * max(map(len, domains)) + 0.2  # inches of the longest name
+    side = min(0.55 * max(count, 4), _WIDTH_IN - longest - 1.6)
+    height = side + longest + 0.2
+    figure = Figure(figsize=(_WIDTH_IN, height))
+    axes = figure.add_axes((longest / _WIDTH_IN, longest / height, side / _WIDTH_IN, side / height))
+    image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(count), domains, rotation=90, fontsize=9)
+    axes.set_yticks(range(count), domains, fontsize=9)
+    size = min(9.0, 72 * side / count / 3.2)
+    for i, j in zip(*np.nonzero(np.isfinite(cosines)), strict=True):
+        ink = "white" if abs(cosines[i, j]) > 0.6 else _INK
+        written = f"{cosines[i, j]:.2f}".replace("0.", ".").replace("-", "\u2212")
+        axes.text(j, i, written, ha="center", va="center", fontsize=size, color=ink)
+    bar = figure.add_axes(
+        ((longest + side + 0.2) / _WIDTH_IN, longest / height, 0.14 / _WIDTH_IN, side / height)
+    )
+    figure.colorbar(image, cax=bar, ticks=[-1, -0.5, 0, 0.5, 1]).outline.set_visible(False)
+    return figure
+
+
+def gram_map(domains: list[str], gram: np.ndarray) -> str:
+    """``gram_figure`` as an ``<svg>`` element."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": "gram"}):
+        return _svg(gram_figure(domains, gram), "gram")
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
@@ -173,9 +238,11 @@ def spread(wanted: np.ndarray, gap: float) -> np.ndarray:
     return np.clip(placed, 0, 1 - offsets[-1]) + offsets
 
 
-def _axes(height: float, x: np.ndarray) -> tuple[Figure, Axes]:
+def _axes(height: float, x: np.ndarray, longest: int) -> tuple[Figure, Axes]:
+    """Axes with room beside them for labels of ``longest`` letters and a value."""
     figure = Figure(figsize=(_WIDTH_IN, height))
-    axes = figure.add_axes((0.065, 0.45 / height, 0.715, 1 - 0.6 / height))
+    room = min(max(2.2, 1.3 + _LETTER_IN * longest), 0.5 * _WIDTH_IN)
+    axes = figure.add_axes((0.065, 0.45 / height, 0.935 - room / _WIDTH_IN, 1 - 0.6 / height))
     low, high = float(x[0]), float(x[-1])
     axes.set_xlim(low, high if high > low else low + 1)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -219,7 +286,7 @@ def _scale(axes: Axes, scale: str, values: np.ndarray, *, percent: bool = False)
             axes.set_yscale("asinh", linear_width=middle)
             powers = np.arange(np.floor(np.log10(middle)) - 1, np.ceil(np.log10(sizes.max())) + 1)
             ticks = np.outer(10.0**powers, (1, 2, 5)).ravel()
-            ticks = ticks[ticks > middle / 4]
+            ticks = ticks[ticks > middle / 2]
             axes.yaxis.set_major_locator(FixedLocator([*-ticks, 0, *ticks]))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())

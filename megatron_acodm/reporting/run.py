@@ -35,6 +35,8 @@ class Run:
     validation_iteration: np.ndarray  # [V]
     validation_losses: np.ndarray  # [V, K]
     mean_perplexity: np.ndarray  # [V, 2] over the domains: every one alike, by natural weights
+    diagnostics: dict[str, np.ndarray]  # [T] each: figures of the policy and its guard rails
+    gram: tuple[int, np.ndarray] | None  # the last [K, K] of mean gradients' products, and its step
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Run:
@@ -75,8 +77,10 @@ class Run:
                     ],
                     dtype=np.float64,
                 ).reshape(len(validations), 2),
+                diagnostics=_diagnostics(steps),
+                gram=_last_gram(steps, len(info.domains)),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{run_dir}: metrics.jsonl and run.json do not fit together ({error!r}); they must "
                 "come from the same run"
@@ -121,3 +125,19 @@ def _table(lines: list[dict[str, Any]], domains: list[str], key: str) -> np.ndar
         for line in lines
     ]
     return np.array(rows, dtype=np.float64)
+
+
+def _diagnostics(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    figures = [line.get("diagnostics", {}) for line in lines]
+    names = dict.fromkeys(name for entry in figures for name in entry)
+    return {
+        name: np.array([entry.get(name) for entry in figures], dtype=np.float64) for name in names
+    }
+
+
+def _last_gram(lines: list[dict[str, Any]], num_domains: int) -> tuple[int, np.ndarray] | None:
+    for line in reversed(lines):
+        if line.get("gram") is not None:
+            gram = np.array(line["gram"], dtype=np.float64)
+            return line["iteration"], gram.reshape(num_domains, num_domains)
+    return None

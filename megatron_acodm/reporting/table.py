@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_acodm.reporting.diagnostics import notices
 from megatron_acodm.reporting.run import Run
 
 MEANS = ("mean of domains", "by natural weight")
@@ -29,6 +30,7 @@ def closing_table(run: Run) -> str:
         f"({1e3 * np.nanmean(run.mixing_time_s):.1f} of {1e3 * np.nanmean(run.step_time_s):.0f} ms "
         "a step)"
     )
+    lines += [f"note: {text}" for text in notices(run)]
     return "\n".join(line.rstrip() for line in lines)
 
 
