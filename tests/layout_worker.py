@@ -301,7 +301,10 @@ class Host:
 def _acodm_config(case: Case, estimator: str) -> AcodmConfig:
     return AcodmConfig(
         alignment=AlignmentConfig(
-            estimator=estimator, parameters=case.patterns, sketch_size=SKETCH_SIZE
+            estimator=estimator,
+            parameters=case.patterns,
+            sketch_size=SKETCH_SIZE,
+            gram_interval=1,
         ),
         blending=BlendingConfig(
             granule="sequence" if case.mixed else "micro-batch", minimum_quota=0
@@ -336,7 +339,7 @@ def measure(case: Case) -> dict[str, Any]:
             measured["rank_domains"] = mixer.micro_batch_domains(0).flatten().tolist()
             measured[estimator] = {
                 name: getattr(statistics, name).tolist()
-                for name in ("alignment", "grad_sq_norm", "loss", "tokens")
+                for name in ("alignment", "grad_sq_norm", "gram", "loss", "tokens")
             }
         finally:
             megatron_acodm.unpatch()

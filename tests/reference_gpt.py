@@ -124,6 +124,7 @@ class Scores:
 
     alignment: np.ndarray  # w_i = <g_i, sum_{j != i} a_j g_j>
     grad_sq_norm: np.ndarray
+    gram: np.ndarray  # [DOMAINS, DOMAINS] products of mean gradients
     loss: np.ndarray
     tokens: np.ndarray
 
@@ -184,6 +185,7 @@ def reference_scores(
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.where(shares > 0, shares, np.nan)
         alignment = (gram.sum(axis=1) - np.diag(gram)) / share
+        means = gram / share[:, None] / share
         return Scores(
-            alignment, np.diag(gram) / share**2, (loss_sums / tokens).numpy(), tokens.numpy()
+            alignment, np.diag(means), means, (loss_sums / tokens).numpy(), tokens.numpy()
         )

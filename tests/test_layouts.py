@@ -251,9 +251,10 @@ def test_every_rank_reports_the_references_scores(
         np.testing.assert_array_equal(scores["tokens"], expected.tokens)
         np.testing.assert_allclose(scores["loss"], expected.loss, rtol=LOSS_TOLERANCE[dtype])
         np.testing.assert_allclose(scores["alignment"], expected.alignment, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(
-            scores["grad_sq_norm"], expected.grad_sq_norm, rtol=0, atol=tolerance
-        )
+        for name in ("grad_sq_norm", "gram"):
+            np.testing.assert_allclose(
+                scores[name], getattr(expected, name), rtol=0, atol=tolerance
+            )
 
 
 @pytest.mark.parametrize(
