@@ -20,7 +20,7 @@ from matplotlib.ticker import (
 )
 
 from megatron_acodm.reporting.comparison import Comparison, Estimate
-from megatron_acodm.reporting.plots import _STYLE, look
+from megatron_acodm.reporting.plots import STYLE, look
 
 _DPI = 150
 _BAND_ALPHA = 0.15
@@ -30,7 +30,7 @@ _GREY = "#8c959f"
 def write_plots(comparison: Comparison, folder: Path) -> list[Path]:
     """Draw curves.png, differences.png and weights.png into a folder; returns their paths."""
     paths = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, draw in (
             ("curves", _curves),
             ("differences", _differences),

@@ -38,7 +38,7 @@ _LABEL_HEIGHT_IN = 0.175
 _LETTER_IN = 0.082
 _WIDTH_IN = 10.0
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _INK,
@@ -103,7 +103,7 @@ def domain_lines(
         An ``<svg>`` element.
     """
     height = max(3.6, _LABEL_HEIGHT_IN * min(len(domains), _MAX_LABELS) + 0.7)
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure, axes = _axes(height, x, max(map(len, domains)))
         ends: list[tuple[float, str, str, dict[str, Any]]] = []  # value, label, id, style
         for k, domain in enumerate(domains):
@@ -146,7 +146,7 @@ def series(
     Returns:
         An ``<svg>`` element.
     """
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure, axes = _axes(height, x, max(map(len, values)))
         ends = []
         for k, (label, line) in enumerate(values.items()):
@@ -199,7 +199,7 @@ def gram_figure(domains: list[str], gram: np.ndarray) -> Figure:
 
 def gram_map(domains: list[str], gram: np.ndarray) -> str:
     """``gram_figure`` as an ``<svg>`` element."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": "gram"}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "gram"}):
         return _svg(gram_figure(domains, gram), "gram")
 
 
