@@ -133,13 +133,14 @@ def learning(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def train(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Run ``megatron_acodm.train`` on the corpus in ``processes`` real processes."""
+    """Run ``megatron_acodm.train``, or a script, on the corpus in ``processes`` real processes."""
 
     def run(
         *arguments: str,
         processes: int = 1,
         directory: Path | None = None,
         data: tuple[str, ...] | None = None,
+        script: Path | None = None,
         timeout: float = 240,
     ) -> Run:
         directory = directory or tmp_path_factory.mktemp("run")
@@ -147,7 +148,8 @@ def train(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Train:
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
             launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        command = [*launcher, "-m", "megatron_acodm.train", *TINY_MODEL]
+        program = ["-m", "megatron_acodm.train"] if script is None else [str(script)]
+        command = [*launcher, *program, *TINY_MODEL]
         command += ["--run-dir", str(directory), "--data-path", *(data or (str(corpus.manifest),))]
         command += [*arguments]
         result = subprocess.run(

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from megatron_acodm import config as config_module
 from megatron_acodm.alignment import (
-    ESTIMATORS,
+    CapturedEstimator,
     ExactEstimator,
+    SketchEstimator,
     build_estimator,
     layers_at_depths,
     mean_gradient_scores,
@@ -176,8 +177,16 @@ def test_an_impossible_number_of_domains_is_refused():
             build_estimator(AlignmentConfig(), [(4,)], number, 0, "cpu")
 
 
-def test_the_config_names_exactly_the_estimators_there_are():
-    assert set(config_module.ESTIMATORS) == set(ESTIMATORS)
+def test_every_estimator_that_the_config_names_is_there():
+    built = [
+        build_estimator(AlignmentConfig(estimator=name), [(4, 4)], 2, 0, "cpu")
+        for name in config_module.ESTIMATORS
+    ]
+    assert [type(estimator) for estimator in built] == [
+        ExactEstimator,
+        SketchEstimator,
+        CapturedEstimator,
+    ]
 
 
 # ---------------------------------------------------------------- from contributions to means

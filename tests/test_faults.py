@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, TINY_MODEL, Corpus, Run, Train
+from conftest import Corpus, Run, Train
 from toy import ToyEnvironment, block_gram
 
 from megatron_acodm.config import AgentConfig, MixingConfig
@@ -82,7 +80,7 @@ door.main()
 
 
 @pytest.fixture(scope="module")
-def faulty(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def faulty(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two data-parallel processes, and a fault in every third step."""
     folder = tmp_path_factory.mktemp("faulty")
     config = folder / "mix.yaml"
@@ -93,27 +91,8 @@ def faulty(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     script = folder / "faulty_train.py"
     script.write_text(_FAULTY_TRAINING, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]
-    command += [*TINY_MODEL, "--data-path", str(corpus.manifest), "--eval-interval", "0"]
-    command += [
-        "--train-iters",
-        str(STEPS),
-        "--acodm-config",
-        str(config),
-        "--run-dir",
-        str(folder),
-    ]
-    result = subprocess.run(
-        command,
-        env=ENVIRONMENT,
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    return Run(result.returncode, result.stdout, folder)
+    arguments = ("--train-iters", str(STEPS), "--eval-interval", "0", "--acodm-config", str(config))
+    return train(*arguments, processes=2, directory=folder, script=script)
 
 
 def _diagnostics(run: Run, step: int) -> dict[str, Any]:

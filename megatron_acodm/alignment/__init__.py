@@ -1,20 +1,15 @@
 """The alignment room: which way did each domain's gradient pull in this step?"""
 
 from megatron_acodm.alignment.captured import CapturedEstimator
-from megatron_acodm.alignment.estimator import (
-    ESTIMATORS,
-    Estimator,
-    GradientEstimator,
-    build_estimator,
-)
+from megatron_acodm.alignment.estimator import Estimator, GradientEstimator
 from megatron_acodm.alignment.exact import ExactEstimator
+from megatron_acodm.alignment.registry import build_estimator
 from megatron_acodm.alignment.sampled import SampledEstimator
 from megatron_acodm.alignment.scores import mean_gradient_gram, mean_gradient_scores
 from megatron_acodm.alignment.selection import layers_at_depths, probe_layers
 from megatron_acodm.alignment.sketch import SketchEstimator
 
 __all__ = [
-    "ESTIMATORS",
     "CapturedEstimator",
     "Estimator",
     "ExactEstimator",

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator
+from megatron_acodm.alignment.estimator import Estimator
 from megatron_acodm.alignment.folding import Folding
-from megatron_acodm.config import AlignmentConfig
 from megatron_acodm.ops import add_sketch_
 
 
@@ -101,24 +100,3 @@ class CapturedEstimator(Estimator):
 
     def _settle(self) -> None:
         """Rows are always current."""
-
-
-def _build(
-    config: AlignmentConfig,
-    shapes: Sequence[Sequence[int]],
-    num_domains: int,
-    num_extra: int,
-    device: torch.device | str,
-) -> Estimator:
-    return CapturedEstimator(
-        shapes,
-        num_domains,
-        num_extra,
-        device,
-        config.sketch_size,
-        config.captured_width,
-        config.seed,
-    )
-
-
-ESTIMATORS["captured"] = _build

@@ -1,14 +1,13 @@
-"""The interface of an alignment estimator, and the registry that a config chooses from."""
+"""The interface of an alignment estimator."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_acodm.config import AlignmentConfig
 from megatron_acodm.ops import MAX_DOMAINS, domain_alignment, gram
 
 
@@ -170,39 +169,3 @@ class GradientEstimator(Estimator):
                 f"the gradient of selected parameter {index} holds {grad.numel()} numbers, the "
                 f"parameter {numels[index]}"
             )
-
-
-EstimatorBuilder = Callable[
-    [AlignmentConfig, Sequence[Sequence[int]], int, int, torch.device | str], Estimator
-]
-
-ESTIMATORS: dict[str, EstimatorBuilder] = {}
-"""What builds an estimator, by the name that ``alignment.estimator`` gives it."""
-
-
-def build_estimator(
-    config: AlignmentConfig,
-    shapes: Sequence[Sequence[int]],
-    num_domains: int,
-    num_extra: int,
-    device: torch.device | str,
-) -> Estimator:
-    """The estimator that a config names.
-
-    Args:
-        config: names the estimator and says how large it is.
-        shapes: of each selected parameter (shard) whose gradient this rank contributes. Empty on a
-            rank that holds none, say a pipeline stage without a selected layer.
-        num_domains: K.
-        num_extra: further float32 numbers per step that travel in the same reduction.
-        device: where gradients live.
-
-    Raises:
-        ValueError: the estimator is unknown, or a size is out of range.
-    """
-    if config.estimator not in ESTIMATORS:
-        raise ValueError(
-            f"alignment.estimator is {config.estimator!r}; the estimators are "
-            f"{', '.join(sorted(ESTIMATORS))}"
-        )
-    return ESTIMATORS[config.estimator](config, shapes, num_domains, num_extra, device)

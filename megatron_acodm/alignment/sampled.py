@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator
 from megatron_acodm.alignment.exact import ExactEstimator
-from megatron_acodm.config import AlignmentConfig
 
 
 class SampledEstimator(ExactEstimator):
@@ -62,19 +59,3 @@ class SampledEstimator(ExactEstimator):
     def _sample(self, index: int, grad: Tensor) -> Tensor:
         self._check_size(index, grad, self._full_numels)
         return grad.detach().reshape(-1)[self._kept[index]].float() * self._scales[index]
-
-
-def _build(
-    config: AlignmentConfig,
-    shapes: Sequence[Sequence[int]],
-    num_domains: int,
-    num_extra: int,
-    device: torch.device | str,
-) -> Estimator:
-    numels = [math.prod(shape) for shape in shapes]
-    if config.coordinates is None:
-        return ExactEstimator(numels, num_domains, num_extra, device)
-    return SampledEstimator(numels, num_domains, num_extra, device, config.coordinates, config.seed)
-
-
-ESTIMATORS["exact"] = _build

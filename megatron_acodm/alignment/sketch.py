@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_acodm.alignment.estimator import ESTIMATORS, Estimator, GradientEstimator
-from megatron_acodm.config import AlignmentConfig
+from megatron_acodm.alignment.estimator import GradientEstimator
 from megatron_acodm.ops import add_sketch_
 
 _SKETCHED_DTYPES = (torch.float32, torch.bfloat16)
@@ -81,17 +79,3 @@ class SketchEstimator(GradientEstimator):
 
     def _settle(self) -> None:
         """Rows are always current."""
-
-
-def _build(
-    config: AlignmentConfig,
-    shapes: Sequence[Sequence[int]],
-    num_domains: int,
-    num_extra: int,
-    device: torch.device | str,
-) -> Estimator:
-    numels = [math.prod(shape) for shape in shapes]
-    return SketchEstimator(numels, num_domains, num_extra, device, config.sketch_size, config.seed)
-
-
-ESTIMATORS["sketch"] = _build
