@@ -413,3 +413,26 @@ def test_layouts_that_cannot_be_measured_are_refused_at_set_up(
     mixer.bind(["a", "b", "c", "d"], [10] * 4, [2, 1, 3, 0], [None], [0] * 4)
     with pytest.raises(ValueError, match=message):
         mixer.attach(chunks)
+
+
+def test_a_loss_that_is_not_finite_is_its_domains_alone() -> None:
+    model = tiny_model()
+    mixer = _mixer(model)
+    measurement = mixer.measurement
+    assert measurement is not None
+    on_forward, calls = measurement.on_forward, 0
+
+    def on_forward_with_a_nan(store: list[Any], count: int) -> None:
+        nonlocal calls
+        if calls == 0:
+            store[-1]["lm loss"] = store[-1]["lm loss"] * torch.tensor([float("nan"), 1.0])
+        calls += 1
+        on_forward(store, count)
+
+    measurement.on_forward = on_forward_with_a_nan  # type: ignore[method-assign]
+    struck = mixer.micro_batch_domains(0)[0, 0]
+    with mixer.step(1, 0) as step:
+        forward_backward(model, BATCHES)
+    losses = step.report().statistics.loss
+    assert np.isnan(losses).tolist() == [domain in (struck, 3) for domain in range(4)]
+    assert step.report().statistics.tokens.tolist() == [64, 32, 96, 0]

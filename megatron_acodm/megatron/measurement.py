@@ -180,9 +180,13 @@ class StepMeasurement:
         losses = losses.view(len(losses), -1, 2)
         # The host divides each micro-batch's loss by the tokens in it.
         share = losses[..., 1:] / losses[..., 1].sum(1).clamp(min=1.0)[:, None, None]
-        domains = self._domains_on_device[:, : losses.shape[1]].reshape(-1)
-        sums = self.estimator.extra.view(self.NUM_EXTRA, self._num_domains)
-        sums.index_add_(1, domains, torch.cat([losses, share], dim=-1).flatten(0, 1).T)
+        values = torch.cat([losses, share], dim=-1).flatten(0, 1)[..., None]
+        domains = self._domains_on_device[:, : losses.shape[1]].reshape(-1, 1, 1)
+        belongs = domains == torch.arange(self._num_domains, device=self._device)
+        # Not by index_add_, which sums in another order each time on CUDA; nor by a product, which
+        # would spread a loss that is not finite to every domain.
+        sums = torch.where(belongs, values, 0.0).sum(0)
+        self.estimator.extra.copy_(sums.flatten())
 
     def around_finalize(self, finalize: Callable[..., None] | None) -> Callable[..., None]:
         """Wrap the host's ``finalize_model_grads``: our reduction starts before the host's.
