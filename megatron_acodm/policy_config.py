@@ -47,7 +47,10 @@ class AgentConfig:
     """Share of the run's steps that explore (paper: 833 of 41,667 steps)."""
 
     reward_smoothing: float = 0.9
-    """xi in reward <- xi * reward + (1 - xi) * alignment, for each domain."""
+    """xi in reward <- xi * reward + (1 - xi) * alignment, for each domain and step.
+
+    A domain that is measured again after t steps takes xi^t.
+    """
 
     updates_per_step: int = 1
     """Gradient updates of actor and critic per training step."""

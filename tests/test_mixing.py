@@ -271,6 +271,22 @@ def test_rewards_are_moving_averages_that_absent_domains_keep() -> None:
     assert tracker.scalar == pytest.approx(0.5 * 1.1 + 0.5 * 3.6)
 
 
+def test_a_domain_that_was_not_drawn_forgets_as_fast_as_the_others() -> None:
+    tracker = RewardTracker(2, smoothing=0.9)
+    weights = np.array([0.5, 0.5])
+    for step in range(12):
+        alignment = 100.0 if step == 0 else 1.0
+        tracker.update(np.array([alignment, alignment if step in (0, 11) else np.nan]), weights)
+    assert tracker.rewards[1] == pytest.approx(tracker.rewards[0])
+    assert tracker.rewards[0] == pytest.approx(1 + 99 * 0.9**11)
+    resumed = RewardTracker(2, smoothing=0.9)
+    tracker.update(np.array([1.0, np.nan]), weights)
+    resumed.load_state_dict(tracker.state_dict())
+    for own in (tracker, resumed):
+        own.update(np.array([1.0, 5.0]), weights)
+    assert resumed.rewards.tolist() == tracker.rewards.tolist()
+
+
 def test_a_step_in_which_all_domains_align_better_earns_more() -> None:
     """Standardising across the domains of a step would give every step the same reward."""
     tracker = RewardTracker(2, smoothing=0.0)

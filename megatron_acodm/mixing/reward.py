@@ -18,7 +18,10 @@ class RewardTracker:
     """Rewards of K domains, r_i <- xi r_i + (1 - xi) w_i, and the scalar r = sum_i a_i r_i.
 
     w_i is measured on *mean* gradients, so nothing is divided by the sampling probability here.
-    The first measurement of a domain starts its average; a domain not drawn keeps its value.
+    The first measurement of a domain starts its average; a domain not drawn keeps its value, and
+    xi^t takes the place of xi when it is measured t steps after the last time. So averages of all
+    domains forget as fast: else one that is seldom drawn would keep the large alignments of the
+    first steps, and be drawn for them.
 
     Rewards are standardised over time by two running moments that all domains share: the mean of
     the scalar r, and the mean squared deviation of the domains' rewards from it. So a step whose
@@ -32,6 +35,7 @@ class RewardTracker:
         self.moments = RunningMoments(1)
         self.rewards = np.full(num_domains, np.nan)
         """[K] float64 moving averages; nan until a domain is first measured."""
+        self._elapsed = np.ones(num_domains, dtype=np.int64)  # steps since the last measurement
         self.scalar = float("nan")
         """r of the last step, raw; nan before the first."""
 
@@ -46,9 +50,12 @@ class RewardTracker:
             ValueError: if no domain that has weight was ever measured.
         """
         measured = ~np.isnan(alignment)
-        smoothed = self.smoothing * self.rewards + (1.0 - self.smoothing) * alignment
-        rewards = np.where(np.isnan(self.rewards), alignment, smoothed)
+        kept = self.smoothing**self._elapsed
+        rewards = np.where(
+            np.isnan(self.rewards), alignment, kept * self.rewards + (1.0 - kept) * alignment
+        )
         self.rewards = np.where(measured, rewards, self.rewards)
+        self._elapsed = np.where(measured, 1, self._elapsed + 1)
         known = ~np.isnan(self.rewards)
         share = weights[known].sum()
         if not share > 0.0:
@@ -68,6 +75,7 @@ class RewardTracker:
         return {
             "moments": self.moments.state_dict(),
             "rewards": torch.from_numpy(self.rewards.copy()),
+            "elapsed": torch.from_numpy(self._elapsed.copy()),
             "scalar": self.scalar,
         }
 
@@ -75,4 +83,5 @@ class RewardTracker:
         """Continue from ``state_dict``."""
         self.moments.load_state_dict(state["moments"])
         self.rewards = state["rewards"].numpy().copy()
+        self._elapsed = state["elapsed"].numpy().copy()
         self.scalar = state["scalar"]
