@@ -137,7 +137,7 @@ class BlendingConfig:
     """Least granules of every domain in a step (published code: 1); 0: none.
 
     None: 1 under policies that compare gradients, so that every domain is measured in every step,
-    where that takes at most half of the step's granules; otherwise 0. Weights below what the
+    where that takes at most a tenth of the step's granules; otherwise 0. Weights below what the
     minimum amounts to are raised to it.
     """
 
@@ -237,6 +237,10 @@ class AlignmentConfig:
     ``decoder.layers.11.mlp.linear_fc2.weight`` or ``decoder.layers.*.self_attention.*.weight``.
     """
 
+    smoothing: float = 0.9
+    """beta in the moving average of each domain's gradients, average <- beta * average +
+    (1 - beta) * gradient a step, that later gradients are compared with."""
+
     gram_interval: int = 0
     """Steps between records of all products of the domains' mean gradients; 0: none."""
 
@@ -283,6 +287,10 @@ class AlignmentConfig:
             f"{self.estimator!r}; choose one of them",
         )
         require_in_range("alignment.seed", self.seed, 0, 2**32 - 1)
+        require(
+            0.0 <= self.smoothing < 1.0,
+            f"alignment.smoothing is {self.smoothing}; it must lie in [0, 1)",
+        )
         require(
             self.gram_interval >= 0,
             f"alignment.gram_interval is {self.gram_interval}; it must be at least 0",

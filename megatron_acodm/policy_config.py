@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from megatron_acodm.checks import require, require_in_range
 
 ODM_RULES = ("code", "paper")
+OBJECTIVES = ("perplexity", "loss", "batch")
 
 
 @dataclass(frozen=True)
 class AgentConfig:
     """The actor-critic agent of policy ``acodm`` (paper section 3; DDPG)."""
+
+    objective: str = "perplexity"
+    """What the mixture is to lower: one of OBJECTIVES.
+
+    ``perplexity``: the mean of the domains' perplexities. ``loss``: the mean of their losses.
+    ``batch``: the loss of the batch as drawn, without a domain's part in its own; the paper's.
+    """
 
     hidden_size: int = 256
     """Width of every hidden layer of actor and critic (paper: 1024)."""
@@ -24,6 +32,13 @@ class AgentConfig:
 
     critic_lr: float = 3e-4
     """Adam learning rate of the critic."""
+
+    prior_strength: float = 0.3
+    """lambda: the actor ascends Q - lambda KL(mixture || first mixture) (paper: 0).
+
+    Rewards are in standard deviations, so at 1 a domain whose reward is one above the mean is worth
+    e times its first share.
+    """
 
     gamma: float = 0.95
     """Discount of the next state's value (paper: 0.95)."""
@@ -56,6 +71,10 @@ class AgentConfig:
     """Gradient updates of actor and critic per training step."""
 
     def __post_init__(self) -> None:
+        require(
+            self.objective in OBJECTIVES,
+            f"agent.objective is {self.objective!r}; the objectives are {', '.join(OBJECTIVES)}",
+        )
         for name in (
             "hidden_size",
             "num_layers",
@@ -68,6 +87,7 @@ class AgentConfig:
         for name in ("actor_lr", "critic_lr"):
             value = getattr(self, name)
             require(value > 0, f"agent.{name} is {value}; it must be positive")
+        require_in_range("agent.prior_strength", self.prior_strength, 0.0, 1e3)
         for name in ("gamma", "tau", "reward_smoothing", "exploration_fraction"):
             require_in_range(f"agent.{name}", getattr(self, name), 0.0, 1.0)
         require(

@@ -36,6 +36,7 @@ from reference_gpt import (
 import megatron_acodm
 from megatron_acodm import AcodmConfig, RunShape
 from megatron_acodm.config import AlignmentConfig, BlendingConfig
+from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.shim import install_cpu_shim
 
 WEIGHTS = (
@@ -341,9 +342,21 @@ def measure(case: Case) -> dict[str, Any]:
                 name: getattr(statistics, name).tolist()
                 for name in ("alignment", "grad_sq_norm", "gram", "loss", "tokens")
             }
+            measured[estimator]["average_gram"] = _average_gram(mixer)
         finally:
             megatron_acodm.unpatch()
     return measured
+
+
+def _average_gram(mixer: Mixer) -> list[list[float]]:
+    """Products of the averages after a first step, which are that step's mean gradients."""
+    from megatron.core import parallel_state
+
+    assert mixer.averages is not None
+    mean = mixer.averages.mean.double()
+    products = mean @ mean.T
+    dist.all_reduce(products, group=parallel_state.get_model_parallel_group())
+    return products.tolist()
 
 
 def _start_groups(case: Case, store: Any, rank: int) -> None:

@@ -15,7 +15,7 @@ from megatron_acodm.mixing.simplex import Bounds
 
 DOMAINS, STATE = 3, 5
 PRIOR = np.array([0.5, 0.3, 0.2])
-CONFIG = AgentConfig(hidden_size=8, num_layers=2, gamma=0.9, tau=0.25)
+CONFIG = AgentConfig(hidden_size=8, num_layers=2, gamma=0.9, tau=0.25, prior_strength=0.7)
 BOUNDS = Bounds.build(np.ones(DOMAINS, bool), 0.05, 1.0)
 
 
@@ -97,6 +97,8 @@ def test_what_follows_cannot_exceed_what_clipped_rewards_add_up_to(agent: DDPGAg
 
 def test_each_optimizer_steps_on_its_own_gradient(agent: DDPGAgent) -> None:
     batch = _batch(seed=3)
+    with torch.no_grad():
+        agent.actor.network.net[-1].weight.mul_(100.0)  # away from the prior
     target = agent.future_target(batch).double()
     critic, actor = _double(agent.critic.network), _double(agent.actor.network)
     states, weights = batch.states.double(), batch.weights.double()
@@ -109,9 +111,13 @@ def test_each_optimizer_steps_on_its_own_gradient(agent: DDPGAgent) -> None:
     for parameter, expected in zip(agent.critic.parameters, critic_gradients, strict=True):
         torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-3, atol=1e-6)
     # The actor ascends the value that the critic, after its own step, gives to its mixtures.
-    value = _double(agent.critic.network)(states, actor(states)).mean()
+    mixtures = actor(states)
+    value = _double(agent.critic.network)(states, mixtures).mean()
+    distance = (mixtures * (mixtures.log() - torch.from_numpy(PRIOR).log())).sum(-1).mean()
+    assert distance > 0.01
     assert losses.value == pytest.approx(value.item(), rel=1e-3, abs=1e-5)
-    actor_gradients = torch.autograd.grad(-value, list(actor.parameters()))
+    loss = CONFIG.prior_strength * distance - value
+    actor_gradients = torch.autograd.grad(loss, list(actor.parameters()))
     for parameter, expected in zip(agent.actor.parameters, actor_gradients, strict=True):
         torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-3, atol=1e-6)
 
@@ -135,6 +141,17 @@ def test_both_networks_change_and_their_targets_follow_by_tau(agent: DDPGAgent) 
         for old, online, followed in rows:
             expected = old + CONFIG.tau * (online - old)
             torch.testing.assert_close(followed, expected)
+
+
+def test_a_masked_domain_adds_nothing_to_the_distance_from_the_prior(agent: DDPGAgent) -> None:
+    agent.restrict(Bounds.build(np.array([True, False, True]), 0.05, 1.0))
+    actor, states = agent.actor.network, _batch(seed=2).states
+    mixtures = actor(states)
+    prior = torch.tensor([0.45, 0.0, 0.15]) / 0.6 * 0.9 + torch.tensor([0.05, 0.0, 0.05])
+    kept = [0, 2]
+    expected = (mixtures[:, kept] * (mixtures[:, kept] / prior[kept]).log()).sum(-1)
+    torch.testing.assert_close(actor.distance_from_prior(mixtures), expected, rtol=1e-4, atol=1e-6)
+    assert all(losses == losses for losses in agent.update(_batch(seed=5)))  # no nan
 
 
 def test_the_actor_respects_floor_and_ceiling() -> None:

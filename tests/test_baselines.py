@@ -23,7 +23,6 @@ from megatron_acodm.mixing import (
     save_state,
 )
 from megatron_acodm.mixing.odm import exploration_rate
-from megatron_acodm.mixing.pike import gradient_noise
 from megatron_acodm.mixing.policy import Policy
 from megatron_acodm.mixing.scaling_law import fit_scaling_laws
 from megatron_acodm.weights_file import read_weights
@@ -50,18 +49,27 @@ def _seen(iteration: int, weights: Any, loss: Any = None, **changes: Any) -> Obs
         "loss": np.full(count, 2.0) if loss is None else np.array(loss, dtype=np.float64),
         "alignment": None,
         "grad_sq_norm": None,
+        "affinity": None,
         "weight_norm": None,
         "weight_delta_norm": None,
     }
     return Observation(**{**values, **changes})
 
 
-def _gradients(iteration: int, sq_norm: Any, samples: Any, weights: Any = None) -> Observation:
-    """The same with squared gradient norms."""
-    sq_norm = np.array(sq_norm, dtype=np.float64)
+def _gradients(
+    iteration: int, sq_norm: Any, samples: Any, weights: Any = None, variance: Any = 0.0
+) -> Observation:
+    """The same with domains' squared gradient norms, and variances between their sequences."""
+    sq_norm, samples = np.array(sq_norm, dtype=np.float64), np.array(samples)
     weights = np.full(len(sq_norm), 1 / len(sq_norm)) if weights is None else weights
-    samples = np.array(samples)
-    return _seen(iteration, weights, grad_sq_norm=sq_norm, alignment=0 * sq_norm, samples=samples)
+    return _seen(
+        iteration,
+        weights,
+        grad_sq_norm=sq_norm + variance / np.maximum(samples, 1),
+        affinity=np.diag(sq_norm) + np.where(np.isnan(sq_norm), np.nan, 0.0)[:, None],
+        alignment=0 * sq_norm,
+        samples=samples,
+    )
 
 
 # All of them --------------------------------------------------------------------------------------
@@ -159,12 +167,14 @@ def test_a_domain_that_never_appears_is_no_fault(name: str) -> None:
     for iteration in range(1, 121):
         seen = environment.step(iteration, np.array([0.6, 0.4, 0.0]))
         assert seen.alignment is not None and seen.grad_sq_norm is not None
+        assert seen.affinity is not None
         seen = replace(
             seen,
             weights=np.array([0.6, 0.3, 0.1]),  # a tenth of a micro-batch was due
             loss=seen.loss + absent,
             alignment=seen.alignment + absent,
             grad_sq_norm=seen.grad_sq_norm + absent,
+            affinity=seen.affinity + absent[:, None],
         )
         weights = controller.decide(seen)
         assert np.isfinite(weights).all() and weights[2] > 0
@@ -349,33 +359,12 @@ def test_ado_prefers_a_flat_domain_by_delta_min_and_an_unseen_one_as_the_mean() 
 # PiKE ---------------------------------------------------------------------------------------------
 
 
-def _sums(samples: np.ndarray, sq_norm: np.ndarray) -> np.ndarray:
-    x = 1.0 / samples
-    return np.stack([np.ones_like(x), x, sq_norm, x * x, x * sq_norm]).sum(axis=1)
-
-
-def test_counts_that_differ_tell_the_gradient_from_its_noise() -> None:
-    rng = np.random.default_rng(0)
-    truth, variance = np.array([4.0, 0.5]), np.array([8.0, 64.0])
-    samples = rng.integers(4, 16, size=(2000, 2))
-    mean = truth + variance / samples
-    exact = gradient_noise(_sums(samples, mean))
-    np.testing.assert_allclose(exact, [truth, variance], rtol=1e-9)
-    noisy = gradient_noise(_sums(samples, mean * rng.gamma(25, 1 / 25, size=mean.shape)))
-    np.testing.assert_allclose(noisy[1], variance, rtol=0.15)
-
-
-def test_counts_that_never_change_tell_no_variance() -> None:
-    samples, sq_norm = np.full((20, 1), 8), np.linspace(1, 3, 20)[:, None]
-    assert [float(part[0]) for part in gradient_noise(_sums(samples, sq_norm))] == [2.0, 0.0]
-
-
-def test_neither_statistic_is_negative() -> None:
-    samples = np.array([[4.0, 4.0], [8.0, 8.0]])
-    sq_norm = np.array([[1.0, 9.0], [2.0, 1.0]])  # more noise with more samples; all but noise
-    norms, variances = gradient_noise(_sums(samples, sq_norm))
-    assert norms.tolist() == pytest.approx([1.5, 0.0]) and variances[0] == 0.0
-    assert variances[1] == pytest.approx(5.0 / (0.375 / 2))
+def test_noise_that_leaves_nothing_of_the_gradient_is_no_negative_statistic() -> None:
+    policy = _policy("pike", pike=PikeConfig(norm_rate=1.0, variance_rate=2.0))
+    for iteration in range(1, 11):
+        seen = _gradients(iteration, [2.0, -1.0], [8, 8], variance=np.array([-9.0, 8.0]))
+        policy.decide(seen)
+    assert policy.rewards.tolist() == pytest.approx([2.0, -2.0])  # type: ignore[union-attr]
 
 
 def test_pike_computes_the_papers_weights() -> None:
@@ -384,7 +373,7 @@ def test_pike_computes_the_papers_weights() -> None:
     truth, variance = np.array([6.0, 2.0]), np.array([8.0, 24.0])
     for iteration in range(1, 11):
         samples = np.array([4, 8]) if iteration % 2 else np.array([8, 4])
-        weights = policy.decide(_gradients(iteration, truth + variance / samples, samples))
+        weights = policy.decide(_gradients(iteration, truth, samples, variance=variance))
         if iteration < 10:
             assert weights.tolist() == [0.75, 0.25]
     gain = 0.3 * truth / 4.0 - 0.2 / 2 * variance / 16.0
@@ -415,8 +404,9 @@ def test_pike_draws_less_of_a_noisy_domain_and_more_of_a_large_gradient() -> Non
     truth, variance = np.array([2.0, 1.0, 1.0]), np.array([8.0, 8.0, 64.0])
     for iteration in range(1, 501):
         samples = rng.integers(6, 11, size=3)
-        sq_norm = (truth + variance / samples) * rng.gamma(25, 1 / 25, size=3)
-        controller.decide(_gradients(iteration, sq_norm, samples, controller.weights))
+        noisy_truth, noisy_variance = rng.gamma(4, 1 / 4, size=(2, 3)) * [truth, variance]
+        seen = _gradients(iteration, noisy_truth, samples, controller.weights, noisy_variance)
+        controller.decide(seen)
     large, plain, noisy = controller.weights
     assert large > plain > noisy
     assert noisy == pytest.approx(0.1 / 3)  # where it can still come back from
@@ -426,9 +416,11 @@ def test_units_of_the_gradient_do_not_matter_to_pike() -> None:
     small, large = _policy("pike", (1, 2, 1)), _policy("pike", (1, 2, 1))
     rng = np.random.default_rng(1)
     for iteration in range(1, 41):
-        sq_norm, samples = rng.uniform(1, 2, 3), rng.integers(2, 9, size=3)
-        left = small.decide(_gradients(iteration, sq_norm, samples))
-        right = large.decide(_gradients(iteration, 1e6 * sq_norm, samples))
+        sq_norm, variance = rng.uniform(1, 2, (2, 3))
+        samples = rng.integers(2, 9, size=3)
+        left = small.decide(_gradients(iteration, sq_norm, samples, variance=variance))
+        scaled = _gradients(iteration, 1e6 * sq_norm, samples, variance=1e6 * variance)
+        right = large.decide(scaled)
     assert left.tolist() == pytest.approx(right.tolist())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from toy import ToyEnvironment, block_gram, play
 
-from megatron_acodm.config import MixingConfig
+from megatron_acodm.config import AgentConfig, MixingConfig
 from megatron_acodm.mixing import MixingController, Observation, build_policy, save_state
 from megatron_acodm.mixing.acodm import AcodmPolicy
 from megatron_acodm.mixing.frozen import FrozenPolicy
@@ -23,7 +23,9 @@ STEPS = 300
 
 
 def _learned(steps: int = STEPS) -> AcodmPolicy:
-    policy = build_policy(MixingConfig(), DOMAINS, np.ones(6), 4, steps, seed=0)
+    agent = AgentConfig(objective="batch", prior_strength=0.0)  # what the toy rewards
+    config = MixingConfig(agent=agent)
+    policy = build_policy(config, DOMAINS, np.ones(6), 4, steps, seed=0)
     play(MixingController(policy), ToyEnvironment(block_gram(6, 3), 0, steps))
     assert isinstance(policy, AcodmPolicy)
     return policy
@@ -61,6 +63,7 @@ class LargerModel(ToyEnvironment):
             loss=0.6 * seen.loss - 0.3,
             alignment=None,
             grad_sq_norm=None,
+            affinity=None,
             weight_norm=5 * seen.weight_norm,
             weight_delta_norm=0.1 * seen.weight_delta_norm,
         )

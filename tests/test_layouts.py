@@ -258,6 +258,24 @@ def test_every_rank_reports_the_references_scores(
 
 
 @pytest.mark.parametrize(
+    ("case", "estimator"),
+    [(case, kind) for case in CASES if not case.masked for kind in case.estimators],
+    ids=_case_name,
+)
+def test_the_averages_of_a_first_step_are_the_references_gradients(
+    case: Case, estimator: str, measured: Measured
+) -> None:
+    reports = measured(case)
+    expected = _reference(case, tuple(reports[0]["domains"]))
+    unit = expected.tokens.sum() if case.per_token else 1.0  # sums over the batch's tokens
+    gram = np.nan_to_num(expected.gram)  # a domain that was not drawn has no average
+    tolerance = TOLERANCES[estimator, "bf16" if case.bf16 else "fp32"] * gram.max()
+    for report in reports:
+        actual = np.array(report[estimator]["average_gram"]) / unit**2
+        np.testing.assert_allclose(actual, gram, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
     "case", [case for case in CASES if case.data == 2 and case.micro_batches == 3], ids=_case_name
 )
 def test_among_the_cases_a_rank_lacks_a_domain_and_the_step_another(

@@ -54,6 +54,7 @@ def _observation(iteration: int = 1, **changes: Any) -> Observation:
         "loss": rng.uniform(2, 3, 3),
         "alignment": rng.normal(size=3),
         "grad_sq_norm": rng.uniform(1, 2, 3),
+        "affinity": rng.normal(size=(3, 3)),
         "weight_norm": np.full(4, 0.02),
         "weight_delta_norm": rng.uniform(1e-4, 2e-4, 4),
     }
@@ -344,6 +345,7 @@ def test_a_domain_that_never_appears_is_no_fault() -> None:
             seen,
             loss=np.append(seen.loss[:2], np.nan),
             alignment=np.append(seen.alignment[:2], np.nan),  # type: ignore[index]
+            affinity=np.where(np.arange(3)[:, None] < 2, seen.affinity, np.nan),
         )
         weights = controller.decide(seen)
         assert np.isfinite(weights).all() and weights[2] > 0

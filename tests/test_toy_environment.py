@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from megatron_acodm.mixing.reward import RewardTracker
 STEPS = 300  # as short as the quickstart
 DOMAINS, HELPFUL = 6, 3  # the first three pull together, every other pair slightly apart
 FLOOR = 0.1 / DOMAINS
+PAPER = AgentConfig(objective="batch", prior_strength=0.0)  # the toy rewards interaction
 BEST = np.array([(1 - 3 * FLOOR) / 3] * 3 + [FLOOR] * 3)
 
 
 def six_domains(seed: int, steps: int = STEPS, sizes: Any = (1,) * DOMAINS) -> MixingController:
-    policy = build_policy(MixingConfig(), list("abcdef"), np.array(sizes), 4, steps, seed)
+    config = MixingConfig(agent=PAPER)
+    policy = build_policy(config, list("abcdef"), np.array(sizes), 4, steps, seed)
     return MixingController(policy)
 
 
@@ -90,7 +93,7 @@ def test_what_is_learned_stays_learned() -> None:
 
 def _distance_from_shared_peak(seed: int, steps: int = 600) -> float:
     """How far a run that only a reward shared by all domains can guide ends; it starts 0.53 off."""
-    agent = AgentConfig(reward_smoothing=0.0, exploration_std=0.05, exploration_fraction=1.0)
+    agent = replace(PAPER, reward_smoothing=0.0, exploration_std=0.05, exploration_fraction=1.0)
     config = MixingConfig(initial_weights="uniform", agent=agent)
     controller = MixingController(build_policy(config, list("abc"), np.ones(3), 4, steps, seed))
     drawn = play(controller, SharedPeak(seed, steps))

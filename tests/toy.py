@@ -58,6 +58,7 @@ class ToyEnvironment:
             loss=loss + unseen,
             alignment=alignment + unseen,
             grad_sq_norm=scale * np.diag(self.gram) + unseen,
+            affinity=scale * self.gram + unseen[:, None],
             weight_norm=np.full(4, 0.02 + 1e-5 * iteration),
             weight_delta_norm=np.full(4, 1e-4 * scale),
         )

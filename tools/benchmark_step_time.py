@@ -127,7 +127,8 @@ def teach(mixer: Mixer) -> None:
     samples = np.ones(len(weights), dtype=np.int64)
     numbers = np.random.default_rng(0).random
     for i in range(1, mixer.config.mixing.agent.replay_batch_size + 2):
-        measured = [*numbers((3, len(weights))), *numbers((2, D))]
+        K = len(weights)
+        measured = [*numbers((3, K)), numbers((K, K)), *numbers((2, D))]
         controller.decide(Observation(i, i / TRAIN_ITERS, weights, samples, samples > 0, *measured))
 
 

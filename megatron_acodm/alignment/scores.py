@@ -63,3 +63,21 @@ def mean_gradient_gram(products: ArrayLike, share: ArrayLike, scale: float) -> N
     a = np.asarray(share, dtype=np.float64)
     drawn = scale * np.where(a > 0, a, np.nan)
     return np.asarray(products, dtype=np.float64) / drawn[:, None] / drawn
+
+
+def mean_gradient_affinity(
+    products: ArrayLike, share: ArrayLike, scale: float
+) -> NDArray[np.float64]:
+    """The same correction for products with averages, which are of mean gradients already.
+
+    Args:
+        products: [K, K] ``<r_i, m_j>``, summed over every rank's parameters.
+        share: [K] realised share of each domain in the step's batch.
+        scale: what every gradient was multiplied by.
+
+    Returns:
+        [K, K] ``<g_i, m_j>``, nan in the rows of domains whose share is 0.
+    """
+    a = np.asarray(share, dtype=np.float64)
+    drawn = scale * np.where(a > 0, a, np.nan)
+    return np.asarray(products, dtype=np.float64) / drawn[:, None]

@@ -71,6 +71,7 @@ class Decisions:
         )
         # Every rank builds the policy, so that bad settings fail on every rank alike.
         controller = MixingController(self._build_policy(weights), config.mixing)
+        self.needs_affinity = controller.needs_affinity
         self.controller = controller if _rank() == 0 else None
         self.ledger = Ledger(
             self._sizes,
@@ -128,6 +129,11 @@ class Decisions:
         with self._lock:
             return self.ledger.locate(samples)[0]
 
+    def samples_of_step(self, consumed_samples: int) -> np.ndarray:
+        """[K] sequences of each domain in the step that starts at this sample."""
+        with self._lock:
+            return self.ledger.counts(consumed_samples, self.ledger.stage_at(consumed_samples)[1])
+
     def follow_up(
         self,
         iteration: int,
@@ -159,6 +165,7 @@ class Decisions:
                 loss=statistics.loss,
                 alignment=statistics.alignment,
                 grad_sq_norm=statistics.grad_sq_norm,
+                affinity=statistics.affinity,
                 weight_norm=statistics.weight_norm,
                 weight_delta_norm=statistics.weight_delta_norm,
             )

@@ -33,6 +33,9 @@ class ParallelGroups:
     data_rank: int
     data_size: int
 
+    model_sizes: tuple[int, int, int]
+    """Tensor, pipeline and virtual pipeline parallel sizes."""
+
     owns_loss: bool
     """Whether this rank contributes the losses of its model replica: one rank of each does."""
 
@@ -47,6 +50,11 @@ class ParallelGroups:
             control=_control_group(dist.group.WORLD),
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
+            model_sizes=(
+                parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_pipeline_model_parallel_world_size(),
+                parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+            ),
             owns_loss=parallel_state.is_pipeline_last_stage()
             and parallel_state.get_tensor_model_parallel_rank() == 0,
         )

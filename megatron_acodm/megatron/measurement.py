@@ -12,7 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_acodm.alignment import mean_gradient_gram, mean_gradient_scores
+from megatron_acodm.alignment import (
+    AverageGradients,
+    mean_gradient_affinity,
+    mean_gradient_gram,
+    mean_gradient_scores,
+)
 from megatron_acodm.megatron.capture import Capture
 from megatron_acodm.megatron.groups import ParallelGroups
 from megatron_acodm.megatron.parameters import WeightProbe
@@ -29,6 +34,7 @@ class StepStatistics:
     tokens: np.ndarray  # [K] tokens that counted in the loss
     alignment: np.ndarray | None  # [K] w_i, nan where the domain was not drawn
     grad_sq_norm: np.ndarray | None  # [K]
+    affinity: np.ndarray | None  # [K, K] <g_i, m_j>, m_j the averages of the steps before
     weight_norm: np.ndarray  # [D] root mean square of the probed weights
     weight_delta_norm: np.ndarray  # [D] root mean square of their change in this step
     gram: np.ndarray | None  # [K, K] products of mean gradients, in the steps that ask for them
@@ -55,6 +61,7 @@ class StepMeasurement:
         num_probes: D, probes of all pipeline stages.
         num_domains: K.
         measure_gradients: whether gradients are to be compared.
+        averages: what a step's gradients are compared with beside each other, or None.
         gram_interval: steps between Gram matrices in the statistics; 0: none.
         groups: who sums what with whom.
         device: where the model lives.
@@ -70,6 +77,7 @@ class StepMeasurement:
         num_probes: int,
         num_domains: int,
         measure_gradients: bool,
+        averages: AverageGradients | None,
         gram_interval: int,
         groups: ParallelGroups,
         device: torch.device,
@@ -80,6 +88,7 @@ class StepMeasurement:
         self._num_probes = num_probes
         self._num_domains = num_domains
         self._measure_gradients = measure_gradients
+        self.averages = averages
         self._gram_interval = gram_interval if measure_gradients else 0
         self._groups = groups
         self._device = device
@@ -91,19 +100,26 @@ class StepMeasurement:
         self._handles = capture.register(lambda: self._active, self._on_backward)
 
     def begin(
-        self, iteration: int, domains: np.ndarray, grad_scale: torch.Tensor, per_token: bool
+        self,
+        iteration: int,
+        domains: np.ndarray,
+        samples: np.ndarray,
+        grad_scale: torch.Tensor,
+        per_token: bool,
     ) -> None:
         """Start a step whose micro-batches on this rank are of the given domains, in order.
 
         Args:
             iteration: number of the step.
             domains: ``[micro-batches, micro-batch size]`` domain of each sequence.
+            samples: [K] sequences of each domain in the whole batch.
             grad_scale: factor that the host multiplies losses with before the backward pass.
             per_token: whether the host sums token losses (``calculate_per_token_loss``).
         """
         self.seconds = 0.0
         self._with_gram = self._gram_interval > 0 and iteration % self._gram_interval == 0
         self._num_micro_batches = len(domains)
+        self._samples = samples
         self._domains: list[list[int]] = domains.tolist()
         self._is_pure = bool((domains == domains[:, :1]).all())
         if self._groups.owns_loss:
@@ -261,9 +277,17 @@ class StepMeasurement:
         for probe in self._probes:
             probes[probe.index] = probe.after_update()
         parts = [sums, sq_norms, losses, probes.flatten(), scale]
+        if self.averages is not None:
+            parts.append(self._compare_with(self.averages).flatten())
         if self._with_gram:
             parts.append(self.estimator.gram().flatten())
         return torch.cat(parts)
+
+    def _compare_with(self, averages: AverageGradients) -> torch.Tensor:
+        # Every rank knows the shares by sequence; those by token are on the last stages only.
+        share = self._samples / self._samples.sum()
+        replicas = 1 if self._per_token else dist.get_world_size(self._groups.data)
+        return averages.compare(self.estimator.rows, share, self._grad_scale.reshape(1) * replicas)
 
     def _unpack(
         self, vector: np.ndarray, num_micro_batches: int, per_token: bool, reduced_bytes: int
@@ -275,7 +299,8 @@ class StepMeasurement:
         with np.errstate(invalid="ignore", divide="ignore"):
             loss = np.where(tokens > 0, loss_sum / tokens, np.nan)
             norms = np.sqrt(probes[:, :2] / probes[:, 2:])
-        alignment = grad_sq_norm = gram = None
+        alignment = grad_sq_norm = affinity = gram = None
+        end += 1
         if self._measure_gradients:
             # The host averages over micro-batches and data-parallel ranks, or over tokens.
             if per_token:
@@ -286,10 +311,25 @@ class StepMeasurement:
                 share = np.minimum(shares / (replicas * num_micro_batches), 1.0)
                 scale = grad_scale * replicas
             alignment, grad_sq_norm = mean_gradient_scores(sums, sq_norms, share, scale)
-            if len(vector) > end + 1:
-                gram = mean_gradient_gram(vector[end + 1 :].reshape(k, k), share, scale)
+            if self.averages is not None:
+                products = vector[end : end + k * k].reshape(k, k)
+                # With losses by token the averages are of token sums.
+                affinity = mean_gradient_affinity(
+                    products, share, scale * total if per_token else scale
+                )
+                end += k * k
+            if len(vector) > end:
+                gram = mean_gradient_gram(vector[end:].reshape(k, k), share, scale)
         return StepStatistics(
-            loss, tokens, alignment, grad_sq_norm, norms[:, 0], norms[:, 1], gram, reduced_bytes
+            loss,
+            tokens,
+            alignment,
+            grad_sq_norm,
+            affinity,
+            norms[:, 0],
+            norms[:, 1],
+            gram,
+            reduced_bytes,
         )
 
     def detach(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_acodm.alignment import AverageGradients
 from megatron_acodm.blending import DataExhausted, Ledger, OnlineBlendedDataset
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron.background import Background
@@ -167,19 +168,25 @@ class Mixer:
             select_parameters(model_chunks, num_layers, alignment) if needs_alignment else []
         )
         num_domains = len(decisions.domains)
+        capture = build_capture(
+            alignment,
+            model_chunks,
+            parameters,
+            num_domains,
+            StepMeasurement.NUM_EXTRA * num_domains,
+            device,
+        )
+        averages = None
+        if decisions.needs_affinity:
+            row_length = capture.estimator.rows.shape[1]
+            averages = AverageGradients(num_domains, row_length, alignment.smoothing, device)
         self.measurement = StepMeasurement(
-            build_capture(
-                alignment,
-                model_chunks,
-                parameters,
-                num_domains,
-                StepMeasurement.NUM_EXTRA * num_domains,
-                device,
-            ),
+            capture,
             make_probes(model_chunks, num_layers, alignment),
             alignment.num_probes,
             num_domains,
             needs_alignment,
+            averages,
             alignment.gram_interval,
             self._groups,
             device,
@@ -253,6 +260,7 @@ class Mixer:
         self.measurement.begin(
             iteration,
             self.micro_batch_domains(consumed_samples),
+            self.decisions.samples_of_step(consumed_samples),
             self._one if scale is None else scale(self._one),
             bool(config.calculate_per_token_loss),
         )
@@ -310,6 +318,26 @@ class Mixer:
         """Why no more than the decided samples can be drawn, once that is so."""
         self._settle()
         return self.decisions.exhausted
+
+    @property
+    def averages(self) -> AverageGradients | None:
+        """This rank's part of the averages that gradients are compared with, if they are."""
+        return self.measurement.averages if self.measurement is not None else None
+
+    @property
+    def model_parallel_sizes(self) -> list[int]:
+        """Tensor, pipeline and virtual pipeline sizes."""
+        return list(self._groups.model_sizes)
+
+    @property
+    def model_rank(self) -> int:
+        """This rank's place among those that hold different parts of the model."""
+        return dist.get_rank(self._groups.model)
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank is of the first of the data-parallel replicas."""
+        return dist.get_rank(self._groups.data) == 0
 
     @property
     def control_group(self) -> dist.ProcessGroup:

@@ -71,15 +71,4 @@ def minimum_quota(
                 "global batch size, or lower the micro-batch size"
             )
         return asked
-    if not needs_alignment:
-        return 0
-    if 2 * num_domains > num_granules:
-        logger.warning(
-            "a step of %d granules cannot give one to each of %d domains and keep half of them "
-            "for the policy to choose: no minimum quota, domains without a granule in a step are "
-            "not measured in it (set blending.minimum_quota to decide otherwise)",
-            num_granules,
-            num_domains,
-        )
-        return 0
-    return 1
+    return int(needs_alignment and 10 * num_domains <= num_granules)

@@ -1,7 +1,9 @@
 """Saves and restores a mixer beside the host's checkpoint: the ``acodm`` folder in it.
 
-Rank 0 writes; every rank reads the ledger, rank 0 alone the policy. The host must announce its
-checkpoint only after ``save_sidecar`` has returned on every rank.
+Rank 0 writes; every rank reads the ledger, rank 0 alone the policy. Where gradients are averaged,
+the ranks of one data-parallel replica write the averages of their parts of the model, and every
+rank reads its own. The host must announce its checkpoint only after ``save_sidecar`` has returned
+on every rank.
 """
 
 from __future__ import annotations
@@ -22,21 +24,26 @@ from megatron_acodm.mixing.serialization import load_state, save_state
 logger = logging.getLogger(__name__)
 
 FOLDER = "acodm"
-FORMAT = 3
+FORMAT = 4
 """Version of the folder's layout."""
 
 
 def save_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> None:
     """Write ``checkpoint_dir/acodm``; collective. Complete on disk when it returns."""
+    folder = Path(checkpoint_dir) / FOLDER
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier(group=mixer.control_group)
+    if mixer.averages is not None and mixer.is_first_replica:
+        save_state(folder / _averages_name(mixer), mixer.averages.state_dict())
     if dist.get_rank() == 0:
         assert mixer.controller is not None
-        folder = Path(checkpoint_dir) / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         save_state(folder / "ledger", mixer.ledger.state_dict())
         save_state(folder / "policy", mixer.controller.state_dict())
         description = {
             "format": FORMAT,
             "iteration": iteration,
+            "model_parallel": mixer.model_parallel_sizes,
             "fingerprint": mixer.fingerprint(),
         }
         write_atomically(folder / "acodm.json", json.dumps(description, indent=1))
@@ -78,7 +85,7 @@ def load_sidecar(
         with open(folder / "acodm.json", encoding="utf-8") as file:
             description = json.load(file)
         version, saved_iteration = description.get("format"), description["iteration"]
-        saved = description["fingerprint"]
+        saved, layout = description["fingerprint"], description["model_parallel"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'acodm.json'} is damaged: {error}") from error
     if version != FORMAT:
@@ -101,8 +108,23 @@ def load_sidecar(
         _tell_adoption(saved_domains, domains, kept)
     if mixer.controller is not None and list(domains) == list(saved_domains):
         mixer.controller.load_state_dict(load_state(policy))
+    if mixer.averages is not None and list(domains) == list(saved_domains):
+        if layout == mixer.model_parallel_sizes:
+            mixer.averages.load_state_dict(load_state(folder / _averages_name(mixer)))
+        else:
+            logger.warning(
+                "%s was saved with tensor x pipeline parallel sizes %s, now %s: the averages of "
+                "the domains' gradients start afresh",
+                checkpoint_dir,
+                layout,
+                mixer.model_parallel_sizes,
+            )
     mixer.continue_from(consumed)
     return True
+
+
+def _averages_name(mixer: Mixer) -> str:
+    return f"gradients_{mixer.model_rank:05d}"
 
 
 def _tell_adoption(saved: dict[str, Any], current: dict[str, Any], kept: list[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.agent import DDPGAgent
+from megatron_acodm.mixing.objective import Objective
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.rails import restricted
@@ -26,10 +27,10 @@ _ROUNDING = 1e-6
 class AcodmPolicy(Policy):
     """AC-ODM (arXiv 2505.23878) without a proxy: agent and model train together.
 
-    Each step it smooths the alignments into rewards, stores the transition
-    (state before, weights that drew the batch, rewards, state after), updates the agent once the
-    replay can fill a batch, and acts on the new state. Early in the run it explores: normal noise
-    on the weights, then back onto the bounded simplex.
+    Each step it smooths the domains' alignments with its objective into rewards, stores the
+    transition (state before, weights that drew the batch, rewards, state after), updates the agent
+    once the replay can fill a batch, and acts on the new state. Early in the run it explores:
+    normal noise on the weights, then back onto the bounded simplex.
     """
 
     name: ClassVar[str] = "acodm"
@@ -43,6 +44,8 @@ class AcodmPolicy(Policy):
         self._first_bounds = self.bounds  # wider ones may follow when domains are used up
         num_domains = len(setting.domains)
         self.encoder = StateEncoder(num_domains, setting.num_probes)
+        self.objective = Objective(self.config.objective, num_domains)
+        self.needs_affinity = self.objective.needs_affinity
         self.reward = RewardTracker(num_domains, self.config.reward_smoothing)
         seeds = np.random.SeedSequence(setting.seed).generate_state(3).tolist()
         self.replay = ReplayBuffer(
@@ -61,8 +64,7 @@ class AcodmPolicy(Policy):
 
     def decide(self, observation: Observation) -> np.ndarray:
         """Learn from one step; weights [K] for the next undecided one."""
-        assert observation.alignment is not None  # needs_alignment: the controller sees to it
-        rewards = self.reward.update(observation.alignment, observation.weights)
+        rewards = self.reward.update(self.objective.alignment(observation), observation.weights)
         state = self.encoder.observe(observation)
         if self._previous is not None:
             drawn_with = torch.tensor(observation.weights)
@@ -108,6 +110,7 @@ class AcodmPolicy(Policy):
         """Networks, optimizers, replay, moments, random states and what was last seen."""
         return {
             "encoder": self.encoder.state_dict(),
+            "objective": self.objective.state_dict(),
             "reward": self.reward.state_dict(),
             "replay": self.replay.state_dict(),
             "agent": self.agent.state_dict(),
@@ -119,6 +122,7 @@ class AcodmPolicy(Policy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue bit for bit; raises ValueError if the saved agent has another shape."""
         self.encoder.load_state_dict(state["encoder"])
+        self.objective.load_state_dict(state["objective"])
         self.reward.load_state_dict(state["reward"])
         self.replay.load_state_dict(state["replay"])
         self.agent.load_state_dict(state["agent"])

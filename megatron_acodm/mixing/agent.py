@@ -108,7 +108,11 @@ class Losses(NamedTuple):
 
 
 class DDPGAgent:
-    """An actor that ascends the value that a critic learns from replayed transitions."""
+    """An actor that ascends the value that a critic learns from replayed transitions.
+
+    It ascends Q - lambda KL(mixture || prior): the more a mixture departs from the first one, the
+    more there must be to gain.
+    """
 
     def __init__(
         self, config: AgentConfig, state_size: int, prior: np.ndarray, bounds: Bounds, seed: int
@@ -138,8 +142,10 @@ class DDPGAgent:
         reward_error = functional.mse_loss(rewards, batch.rewards)
         future_error = functional.mse_loss(future, self.future_target(batch))
         critic_loss = self.critic.descend(reward_error + future_error)
-        value = self.critic.network(batch.states, self.actor.network(batch.states)).mean()
-        self.actor.descend(-value)
+        mixtures = self.actor.network(batch.states)
+        value = self.critic.network(batch.states, mixtures).mean()
+        distance = self.actor.network.distance_from_prior(mixtures).mean()
+        self.actor.descend(self.config.prior_strength * distance - value)
         self.critic.follow(self.config.tau)
         self.actor.follow(self.config.tau)
         return Losses(critic_loss, value.item())

@@ -111,6 +111,11 @@ class MixingController:
         return self.policy.needs_alignment
 
     @property
+    def needs_affinity(self) -> bool:
+        """Whether observations must carry affinities."""
+        return self.policy.needs_affinity
+
+    @property
     def initial_weights(self) -> np.ndarray:
         """[K] float64: the mixture before anything was observed."""
         return self.policy.initial_weights
@@ -184,6 +189,11 @@ class MixingController:
             if observation.alignment is None:
                 return "no alignment was measured"
             measured["alignment"] = observation.alignment
+        if self.policy.needs_affinity:
+            if observation.affinity is None:
+                return "no affinity was measured"
+            # One value that is not finite makes the sum so.
+            measured["sum of affinities"] = observation.affinity.sum(axis=1)
         for what, values in measured.items():
             usable = np.abs(values) <= _MAX_MAGNITUDE  # False for nan
             bad = np.where(drawn, ~usable, ~usable & ~np.isnan(values))

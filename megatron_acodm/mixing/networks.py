@@ -67,6 +67,13 @@ class Actor(nn.Module):
         weights = torch.add(self.floor, share, alpha=self.spread)
         return weights if self.ceiling >= 1.0 else self._pull_below_ceiling(weights)
 
+    def distance_from_prior(self, weights: Tensor) -> Tensor:
+        """KL(weights || prior) [...] in nats of ``weights`` [..., K] that this actor gave."""
+        prior = self.floor + self.spread * torch.softmax(self.log_prior, dim=-1)
+        tiny = torch.finfo(prior.dtype).tiny  # of a masked domain, which adds 0
+        ratio = weights.clamp(min=tiny) / prior.clamp(min=tiny)
+        return (weights * ratio.log()).sum(dim=-1)
+
     def _pull_below_ceiling(self, weights: Tensor) -> Tensor:
         room = self.ceiling - self.uniform.max()
         excess = (weights - self.uniform).amax(dim=-1, keepdim=True).clamp(min=1e-12)

@@ -36,6 +36,11 @@ class Observation:
     grad_sq_norm: np.ndarray | None
     """[K] float64: ||g_i||^2; nan where the domain was not drawn."""
 
+    affinity: np.ndarray | None
+    """[K, K] float64: <g_i, m_j> with m_j the moving average of g_j over the steps before; rows of
+    domains that were not drawn are nan, columns of those that never were are 0. A domain's
+    first gradient counts as its average."""
+
     weight_norm: np.ndarray | None
     """[D] float64: root mean square of each probed layer's weights."""
 
@@ -56,4 +61,5 @@ class Observation:
             loss=self.loss[order],
             alignment=taken(self.alignment),
             grad_sq_norm=taken(self.grad_sq_norm),
+            affinity=None if self.affinity is None else self.affinity[np.ix_(order, order)],
         )

@@ -15,9 +15,6 @@ from megatron_acodm.mixing.rails import masked, rails, restricted
 _MIN_INTERVAL = 10
 """Steps between updates at least."""
 
-_MIN_SPREAD = 1e-3
-"""Relative spread of 1 / sequences below which a domain's counts tell nothing of its variance."""
-
 
 class PikePolicy(Policy):
     """PiKE (Li et al. 2025, arXiv 2502.06244, algorithm 1).
@@ -33,15 +30,14 @@ class PikePolicy(Policy):
       sigma_k^2 / b for a batch of b: the paper tunes zeta for each model, which a default cannot.
     - They are of the parameters that ``alignment`` selects, not of all.
     - A weight stops at a tenth of the uniform share by default: at 0 it could never rise again.
-    - The variance is not measured but inferred. The mean gradient of b_k sequences has a squared
-      norm of ||grad L_k||^2 + sigma_k^2 / b_k on average, so the T0 steps since the last update,
-      which drew different b_k, give both by a line through squared norm over 1 / b_k, kept at 0 or
-      more. A domain whose b_k did not change counts as having no variance, and its norm is that
-      of the noisy gradient.
+    - Both come from products with a moving average of the domain's gradient over earlier steps,
+      whose noise is other: <g_k, m_k> is ||grad L_k||^2, and what ||g_k||^2 exceeds it by is
+      sigma_k^2 / b_k, for a step with b_k sequences of the domain.
     """
 
     name: ClassVar[str] = "pike"
     needs_alignment: ClassVar[bool] = True
+    needs_affinity = True
 
     def __init__(self, config: MixingConfig, setting: Setting) -> None:
         """Raises ValueError for bounds that leave no mixture."""
@@ -55,15 +51,15 @@ class PikePolicy(Policy):
         self._next_update = self._interval
         self._weights = self.initial_weights
         self._gains = np.full(len(setting.domains), np.nan)
-        self._sums = np.zeros((5, len(setting.domains)))  # of 1, x, y, x^2, xy: see gradient_noise
+        self._sums = np.zeros((3, len(setting.domains)))  # of 1, ||grad L_k||^2, sigma_k^2
 
     def decide(self, observation: Observation) -> np.ndarray:
         """Learn from one step's gradients; weights [K] for the next undecided one."""
-        assert observation.grad_sq_norm is not None  # comes with the alignments
+        assert observation.grad_sq_norm is not None and observation.affinity is not None
         measured = np.isfinite(observation.grad_sq_norm) & (observation.samples > 0)
-        x = 1.0 / np.maximum(observation.samples, 1)
-        y = np.where(measured, observation.grad_sq_norm, 0.0)
-        self._sums = self._sums + measured * np.stack([np.ones_like(x), x, y, x * x, x * y])
+        sq_norm = np.where(measured, np.diagonal(observation.affinity), 0.0)
+        noise = np.where(measured, observation.grad_sq_norm - sq_norm, 0.0)
+        self._sums = self._sums + np.stack([measured, sq_norm, noise * observation.samples])
         if observation.iteration >= self._next_update:
             self._update()
             self._next_update = observation.iteration + self._interval
@@ -99,7 +95,7 @@ class PikePolicy(Policy):
         """The paper's step, from the sums since the last one; a domain not drawn gains the mean."""
         known = self.bounds.active & (self._sums[0] > 0)
         if known.any():
-            sq_norm, variance = gradient_noise(self._sums[:, known])
+            sq_norm, variance = np.maximum(self._sums[1:, known] / self._sums[0, known], 0.0)
             gains = self.config.norm_rate * _relative(sq_norm)
             gains -= self.config.variance_rate / 2.0 * _relative(variance)
             self._gains = np.full(len(known), np.nan)
@@ -107,21 +103,6 @@ class PikePolicy(Policy):
             gains = np.where(known, self._gains, gains.mean())
             self._weights = masked(self._weights * np.exp(gains - gains.max()), self.bounds)
         self._sums = np.zeros_like(self._sums)
-
-
-def gradient_noise(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """||grad L_k||^2 and sigma_k^2, [K] each, by least squares of y = ||grad L_k||^2 + sigma_k^2 x.
-
-    Args:
-        sums: [5, K] sums over steps of 1 (at least one step), x = 1 / sequences, y = squared norm
-            of their mean gradient, x^2 and xy.
-    """
-    x, y, xx, xy = sums[1:] / sums[0]
-    spread = xx - x * x
-    tells = spread > (_MIN_SPREAD * x) ** 2
-    slope = np.where(tells, (xy - x * y) / np.where(tells, spread, 1.0), 0.0)
-    variance = np.clip(slope, 0.0, y / x)
-    return y - variance * x, variance
 
 
 def _relative(values: np.ndarray) -> np.ndarray:

@@ -65,6 +65,9 @@ class Policy(ABC):
     needs_alignment: ClassVar[bool] = False
     """Whether observations must carry alignments and weight norms."""
 
+    needs_affinity: bool = False
+    """Whether they must carry affinities too."""
+
     setting: Setting
     """The run that it was built for."""
 

@@ -1,0 +1,99 @@
+"""Moving averages of the domains' mean gradients: the direction that a step's gradients serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_COLUMNS = 1 << 16
+"""Columns of the rows that are turned into float64 at a time."""
+
+
+class AverageGradients:
+    """For each domain j the moving average m_j of its mean gradients in the steps so far.
+
+    Products of one step's gradients with each other share the noise of that step, above all a
+    domain's product with itself. An average of *earlier* steps has other noise, and far less of it:
+    <g_i, m_j> says how much a step along domain i's gradient lowers the loss of domain j, without
+    bias for i = j as well. An optimizer with momentum moves along such an average too.
+
+    What is averaged is what an estimator's rows stand for, so a rank holds the part of its own
+    parameters, and products add up over the model's shards as the estimator's do.
+
+    Args:
+        num_domains: K.
+        row_length: of the estimator's rows on this rank; may be 0.
+        smoothing: beta in m <- beta m + (1 - beta) g; beta^t for a domain that is drawn again
+            after t steps, so that the averages of all domains are of the same time.
+        device: where the rows live.
+    """
+
+    def __init__(
+        self, num_domains: int, row_length: int, smoothing: float, device: torch.device | str
+    ) -> None:
+        self.smoothing = smoothing
+        self.mean = torch.zeros(num_domains, row_length, dtype=torch.float32, device=device)
+        """[K, row_length]: the averages; 0 for a domain that was never drawn."""
+        self._elapsed = np.full(num_domains, -1, dtype=np.int64)  # steps since drawn; -1: never
+
+    def compare(self, rows: Tensor, share: np.ndarray, scale: Tensor) -> Tensor:
+        """Multiply a step's rows with the averages, then take them in.
+
+        A domain's first gradient is its average already when it is compared. A row that is not
+        finite leaves its average as it is.
+
+        Args:
+            rows: [K, row_length] contributions to the step's gradient.
+            share: [K] share of each domain in the step's batch.
+            scale: [1] what every gradient was multiplied by, on the rows' device.
+
+        Returns:
+            This rank's part of <row_i, m_j>, [K, K] float64.
+        """
+        drawn, first = share > 0.0, self._elapsed < 0
+        rate = np.where(first, 1.0, 1.0 - self.smoothing ** (1.0 + np.maximum(self._elapsed, 0)))
+        rate = np.where(drawn, rate, 0.0)
+        self._elapsed = np.where(drawn, 0, np.where(first, -1, self._elapsed + 1))
+        if (drawn & first).any():
+            self._take_in(rows, np.where(first, rate, 0.0), share, scale)
+        products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for start in range(0, rows.shape[1], _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            products += rows[:, columns].double() @ self.mean[:, columns].double().T
+        self._take_in(rows, rate, share, scale)
+        return products
+
+    def _take_in(self, rows: Tensor, rate: np.ndarray, share: np.ndarray, scale: Tensor) -> None:
+        gain = np.divide(rate, share, out=np.zeros_like(rate), where=share > 0.0)
+        factors = torch.from_numpy(np.stack([1.0 - rate, gain])).float()
+        if rows.is_cuda:  # a copy that the host does not wait for
+            factors = factors.pin_memory().to(rows.device, non_blocking=True)
+        kept, gain_on_device = factors[:, :, None]
+        mean = kept * self.mean + (gain_on_device / scale) * rows
+        finite = mean.isfinite().all(dim=1, keepdim=True)
+        torch.where(finite, mean, self.mean, out=self.mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's averages, on the CPU."""
+        return {
+            "mean": self.mean.detach().to("cpu", copy=True),
+            "elapsed": torch.from_numpy(self._elapsed.copy()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict`` bit for bit.
+
+        Raises:
+            ValueError: if it is of other domains or another part of the model.
+        """
+        if state["mean"].shape != self.mean.shape:
+            raise ValueError(
+                f"what was saved does not fit this model: averages of gradients are "
+                f"{list(state['mean'].shape)}, this rank's are {list(self.mean.shape)}; give the "
+                "settings it was saved with"
+            )
+        self.mean.copy_(state["mean"])
+        self._elapsed = state["elapsed"].numpy().copy()
