@@ -107,10 +107,11 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
             print("megatron-acodm: no policy, the script runs as it is", flush=True)
         runpy.run_path(str(script), run_name="__main__")
         return
-    with warnings.catch_warnings():
-        if _rank() != 0:  # Megatron warns of what is not installed
-            warnings.simplefilter("ignore")
-        from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions, MegatronLM
+    if _rank() != 0:  # Megatron warns of what is not installed; its scripts filter likewise
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions, MegatronLM
+
     host = MegatronLM(
         LaunchOptions(config, args.acodm_run_dir, args.acodm_adopt, args.acodm_save_policy)
     )
@@ -135,11 +136,11 @@ def _set_up_logging() -> None:
 
 def _is_ours(traceback: TracebackType | None) -> bool:
     """Whether an error was raised by this package, and not by the host or the script."""
-    module = ""
+    raised_in = ""
     while traceback is not None:
-        module = traceback.tb_frame.f_globals.get("__name__", "")
+        raised_in = traceback.tb_frame.f_code.co_filename
         traceback = traceback.tb_next
-    return module.partition(".")[0] == "megatron_acodm"
+    return Path(__file__).parent in Path(raised_in).parents
 
 
 def _rank() -> int:
