@@ -22,7 +22,11 @@ from typing import Any
 from megatron_acodm.blending import DataExhausted
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron import patches
-from megatron_acodm.megatron.compat import UnsupportedHostError, host_symbol
+from megatron_acodm.megatron.compat import (
+    UnsupportedHostError,
+    check_host_version,
+    host_symbol,
+)
 from megatron_acodm.megatron.hosts.checkpoints import CheckpointLifeCycle
 from megatron_acodm.megatron.hosts.records import HostRecorder, default_run_dir
 from megatron_acodm.megatron.hosts.refusals import refuse_unshared_data, refuse_unsupported
@@ -111,6 +115,7 @@ class MegatronLM:
                 f"Megatron-LM's {_TRAINING} cannot be imported ({error}); name a script of a "
                 "Megatron-LM checkout, or put the checkout on PYTHONPATH"
             ) from error
+        check_host_version()
         for path in self.used:
             host_symbol(path)
         found = []
