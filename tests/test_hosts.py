@@ -295,6 +295,7 @@ def test_a_crash_in_a_save_leaves_the_last_checkpoint(
 
     def crash(*args: Any) -> Any:
         if (tmp_path / "c" / "iter_0000004").exists():
+            assert len(_steps(tmp_path / "run")) == 4  # all that the checkpoint comes after
             raise KeyboardInterrupt
         return original(*args)
 

@@ -128,10 +128,8 @@ class MegatronLM:
                     "docs/hosts.md lists the versions that are supported"
                 )
             found.append((owner, name, original, make))
-        wrapped: dict[Any, Function] = {}  # a function under two names stays one
         for owner, name, original, make in found:
-            replacement = wrapped.setdefault(original, functools.wraps(original)(make(original)))
-            setattr(owner, name, replacement)
+            setattr(owner, name, functools.wraps(original)(make(original)))
             self._originals.append((owner, name, original))
 
     def uninstall(self) -> None:
