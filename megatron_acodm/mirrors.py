@@ -54,7 +54,7 @@ class _TensorBoard:
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def log(self, iteration: int, values: Mapping[str, Any]) -> None:
-        for tag, value in scalars(values):
+        for tag, value in _scalars(values):
             self._writer.add_scalar(tag, value, iteration)
         if values.get("gram") is not None:
             from megatron_acodm.reporting.plots import gram_figure  # here: few runs have any
@@ -80,13 +80,13 @@ class _Wandb:
         self._run = wandb.init(project=project, dir=str(directory), name=directory.name)
 
     def log(self, iteration: int, values: Mapping[str, Any]) -> None:
-        self._run.log({"iteration": iteration, **dict(scalars(values))})
+        self._run.log({"iteration": iteration, **dict(_scalars(values))})
 
     def close(self) -> None:
         self._run.finish()
 
 
-def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield (tag, number); a domain's values are grouped by quantity, so that a chart compares."""
     for key, value in values.items():
         if key == "domains":
