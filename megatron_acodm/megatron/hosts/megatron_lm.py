@@ -358,7 +358,8 @@ class MegatronLM:
 
 def run_shape(args: Namespace) -> RunShape:
     """The sizes of a run of Megatron-LM, from its arguments after the model was set up."""
-    ramp_up = args.rampup_batch_size
+    # Versions that have a schedule by tokens, which is refused, ignore the ramp-up.
+    ramp_up = None if hasattr(args, "step_batch_size_schedule") else args.rampup_batch_size
     return RunShape(
         args.train_iters,
         args.global_batch_size,

@@ -41,6 +41,8 @@ _ALWAYS: tuple[_Problem, ...] = (
     ("skip_train", _is_set, "nothing is trained, so nothing is mixed", "use --acodm-policy none"),
     ("perform_rl_step", _is_set, "reinforcement learning makes its own batches", "remove it"),
     ("phase_transition_iterations", _is_set, "one run has one order of samples", "remove it"),
+    ("step_batch_size_schedule", _is_set, "it is not supported yet", "use --global-batch-size"),
+    ("freeze_all_layers", _is_set, "nothing is trained", "use --acodm-policy none"),
     ("decrease_batch_size_if_needed", _is_set, "batch sizes must be known ahead", "remove it"),
     ("hybrid_context_parallel", _is_set, "it deals samples to ranks in its own order", "remove it"),
     ("expert_model_parallel_size", _above_1, "ranks hold different experts", "set it to 1"),
