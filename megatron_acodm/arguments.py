@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parallel(parser.add_argument_group("parallelism"))
     _add_data(parser.add_argument_group("data"))
     _add_output(parser.add_argument_group("output"))
-    _add_acodm(parser.add_argument_group("data mixing"))
+    mixing = parser.add_argument_group("data mixing")
+    add_mixing_arguments(mixing, default_policy="the config's, else acodm")
     return parser
 
 
@@ -121,11 +122,12 @@ def _add_output(group: Any) -> None:
     group.add_argument("--wandb-project", help="log to Weights & Biases as well")
 
 
-def _add_acodm(group: Any) -> None:
+def add_mixing_arguments(group: Any, default_policy: str) -> None:
+    """Add the flags of ``acodm_config``, and those of what it saves and adopts."""
     group.add_argument("--acodm-config", help="YAML file with mixing, blending and alignment; the "
                        "flags below override it")  # fmt: skip
     group.add_argument("--acodm-policy", choices=(*POLICIES, "none"),
-                       help="default: the config's, else acodm; none: Megatron's static "
+                       help=f"default: {default_policy}; none: Megatron's static "
                        "blend")  # fmt: skip
     group.add_argument("--acodm-weights", metavar="FILE",
                        help="policy static: JSON or YAML file with the weights, as a mapping from "

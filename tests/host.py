@@ -24,7 +24,7 @@ def start_megatron() -> None:
     initialize_distributed(1, 1, seed=1234, timeout_minutes=5)
 
 
-def tiny_model(*arguments: str) -> TrainingModel:
+def tiny_model(*arguments: str, vocabulary: int = VOCABULARY) -> TrainingModel:
     """A GPT of 4 layers in Megatron's DDP with its optimizer."""
     start_megatron()
     torch.manual_seed(7)
@@ -39,7 +39,7 @@ def tiny_model(*arguments: str) -> TrainingModel:
     )
     check_arguments(args)
     args.bf16, args.transformer_impl = bool(args.bf16), "local"
-    return build_model(args, VOCABULARY)
+    return build_model(args, vocabulary)
 
 
 def micro_batches(count: int, seed: int) -> list[torch.Tensor]:

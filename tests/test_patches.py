@@ -120,12 +120,34 @@ def test_the_online_dataset_delivers_the_ledgers_domains(corpus: Corpus, tmp_pat
     mixer = megatron_acodm.patch(config, RUN, domain_names=names)
     assert mixer is not None
     train = _build(corpus, tmp_path, blend=(prefixes, [6.0, 3.0, 1.0]), split="80,10,10")[0]
-    assert mixer.domains == ["first", *[Path(p).name.removesuffix("_text_document")
-                                       for p in prefixes[1:]]]  # fmt: skip
+    named = json.loads(corpus.manifest.read_text(encoding="utf-8"))["domains"]
+    assert mixer.domains == ["first", *[domain["name"] for domain in named[1:]]]
     decided = np.arange(4 * RUN.global_batch_size)  # the first step and a lag of three
     domains, _ = mixer.ledger.locate(decided)
     assert [int(train[i]["dataset_id"]) for i in decided] == domains.tolist()
     assert mixer.ledger.weights_at(0).tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_domains_are_named_by_the_manifest_beside_them_or_by_their_files(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    prefix = Path(_prefixes(corpus)[2])
+    assert builder.domain_name(str(prefix)) == "Python Code"
+    assert builder.domain_name(str(tmp_path / prefix.name)) == "Python_Code"
+
+
+def test_the_data_of_another_model_chunk_follows_the_same_ledger(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    mixer = megatron_acodm.patch(AcodmConfig(mixing=MixingConfig(policy="uniform")), RUN)
+    assert mixer is not None
+    blend: dict[str, Any] = {"blend": (_prefixes(corpus), None), "split": "80,10,10"}
+    first = _build(corpus, tmp_path, **blend)[0]
+    second = _build(corpus, tmp_path, **blend)[0]
+    decided = mixer.ledger.num_samples
+    _assert_same_samples([first[i] for i in range(decided)], [second[i] for i in range(decided)])
+    other = _build(corpus, tmp_path, blend=(_prefixes(corpus)[:2], None), split="80,10,10")[0]
+    assert type(other).__name__ == "BlendedDataset"
 
 
 def test_the_hosts_blend_weights_are_the_natural_ones(corpus: Corpus, tmp_path: Path) -> None:
@@ -164,7 +186,7 @@ def test_patching_with_another_configuration_is_refused() -> None:
         megatron_acodm.patch(AcodmConfig(), RUN)
 
 
-@pytest.mark.parametrize("version", ["0.15.3", "0.17.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.15.3", "0.21.0", "1.0.0"])
 def test_an_unsupported_host_version_is_refused(
     monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
@@ -173,7 +195,7 @@ def test_an_unsupported_host_version_is_refused(
 
     monkeypatch.setattr(megatron.core, "__version__", version)
     with pytest.raises(
-        compat.UnsupportedHostError, match=rf"{version} is installed; .*>=0.16,<0.17"
+        compat.UnsupportedHostError, match=rf"{version} is installed; .*>=0.16,<0.21"
     ):
         megatron_acodm.patch(None)
 

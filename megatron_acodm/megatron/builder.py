@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import os
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -11,8 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_acodm.preprocess.manifest import MANIFEST_NAME, Manifest
+
 if TYPE_CHECKING:
     from megatron_acodm.megatron.mixer import Mixer
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = "_text_document"
 _CHECKED_DOCUMENTS = 16
@@ -20,8 +26,30 @@ _CHECKED_TOKENS = 1024
 
 
 def domain_name(prefix: str) -> str:
-    """The domain that a dataset prefix stands for: its file name without Megatron's suffix."""
-    return os.path.basename(prefix).removesuffix(_SUFFIX)
+    """The domain that a dataset prefix stands for.
+
+    The name that a manifest beside the files gives it, else its file name without Megatron's
+    suffix.
+    """
+    folder, name = os.path.split(os.path.abspath(prefix))
+    return _manifest_names(folder).get(name) or name.removesuffix(_SUFFIX)
+
+
+@functools.cache
+def _manifest_names(folder: str) -> dict[str, str]:
+    """Domain by file name of the prefix; empty without a manifest in the folder."""
+    if not os.path.isfile(os.path.join(folder, MANIFEST_NAME)):
+        return {}
+    try:
+        manifest = Manifest.read(folder)
+    except ValueError as error:
+        logger.warning("domains are named after their files: %s", error)
+        return {}
+    return {
+        domain.prefix.name: domain.name
+        for domain in manifest.domains
+        if str(domain.prefix.parent) == folder
+    }
 
 
 def training_blend(config: Any) -> tuple[list[str], list[float] | None] | None:
@@ -39,7 +67,7 @@ def build_with_online_training_split(builder: Any, stock_build: Any, mixer: Mixe
     Args:
         builder: a ``BlendedMegatronDatasetBuilder``.
         stock_build: the unpatched ``BlendedMegatronDatasetBuilder.build``.
-        mixer: the active mixer, which has no datasets yet.
+        mixer: the active mixer, before its first step.
 
     Raises:
         ValueError: for a split without training data, or a domain of less than one sequence.
@@ -52,9 +80,15 @@ def build_with_online_training_split(builder: Any, stock_build: Any, mixer: Mixe
     if train_range is None:
         raise ValueError(f"the split {builder.config.split!r} leaves nothing for training")
     datasets = _build_one_epoch(builder, prefixes, train_range)
-    names = [mixer.name_of_prefix(prefix) for prefix in prefixes]
-    sizes, checksums = _agree_on_data(datasets, names, builder.config)
-    train = mixer.bind(names, sizes, weights, datasets, checksums)
+    if mixer.is_bound:  # by the builder of another model chunk
+        names, known = mixer.domains, mixer.decisions.data
+        _refuse_other_data([_described(dataset) for dataset in datasets], known, names)
+        train: Any = mixer.online_dataset(datasets)
+    else:
+        names = [mixer.name_of_prefix(prefix) for prefix in prefixes]
+        names, sizes, checksums = _agree_on_data(datasets, names, builder.config)
+        train = mixer.bind(names, sizes, weights, datasets, checksums)
+        mixer.training_prefixes = list(prefixes)
     others = _stock_without_training(builder, stock_build)
     return [train, *others[1:]]
 
@@ -70,18 +104,18 @@ def _build_one_epoch(builder: Any, prefixes: list[str], train_range: Any) -> lis
 
 def _agree_on_data(
     datasets: list[Any], names: list[str], config: Any
-) -> tuple[list[int], list[int]]:
-    """Sequences an epoch and checksum of each domain; rank 0, which always builds, tells all.
+) -> tuple[list[str], list[int], list[int]]:
+    """Name, sequences an epoch and checksum of each domain; rank 0, which always builds, tells all.
 
     Raises:
         ValueError: on every rank, when one reads other data, as a stale copy on its node may be.
     """
-    mine = [None if d is None else (len(d), _checksum(d)) for d in datasets]
+    mine = [_described(dataset) for dataset in datasets]
     found = mine
     if dist.is_initialized():
-        message = [mine]
+        message: list[Any] = [mine, names]
         dist.broadcast_object_list(message, src=0)
-        found = message[0]
+        found, names = message
         _refuse_other_data(mine, found, names)
     for name, data in zip(names, found, strict=True):
         if data is None or data[0] == 0:
@@ -89,7 +123,12 @@ def _agree_on_data(
                 f"domain {name!r} has no training sequence of {config.sequence_length} tokens; "
                 "each domain needs at least 1: remove it, add text, or lower --seq-length"
             )
-    return [size for size, _ in filter(None, found)], [crc for _, crc in filter(None, found)]
+    return names, [size for size, _ in filter(None, found)], [crc for _, crc in filter(None, found)]
+
+
+def _described(dataset: Any) -> tuple[int, int] | None:
+    """Sequences an epoch and checksum of a domain's data; None where it is not built."""
+    return None if dataset is None else (len(dataset), _checksum(dataset))
 
 
 def _refuse_other_data(mine: list[Any], rank_0s: list[Any], names: list[str]) -> None:

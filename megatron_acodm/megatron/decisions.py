@@ -102,6 +102,11 @@ class Decisions:
             lowest_share=self._minimum * self._granule_size / self._run.global_batch_size,
         )
 
+    @property
+    def data(self) -> list[tuple[int, int]]:
+        """Sequences an epoch and checksum of each domain's data."""
+        return list(zip(self._sizes, self._checksums, strict=True))
+
     def num_samples(self, consumed_samples: int) -> int:
         """Sequences of the step that starts at this sample; 0 when nothing is left to draw.
 
@@ -118,6 +123,11 @@ class Decisions:
                 f"{first + count}; give the mixer the batch sizes (and the ramp-up) of the host"
             )
         return count
+
+    def weights_of(self, consumed_samples: int) -> np.ndarray:
+        """[K] weights that draw the step which starts at this sample."""
+        with self._lock:
+            return self.ledger.weights_at(consumed_samples)
 
     def is_decided(self, consumed_samples: int) -> bool:
         """Whether the ledger has the step that starts at this sample."""

@@ -74,6 +74,9 @@ class Mixer:
         self._domain_names = dict(domain_names)
         self._background: Background | None = None
         self._pending: Future[StepReport] | None = None
+        self._has_begun = False
+        self.training_prefixes: list[str] = []
+        """Of the training data, in the order of the domains, once that is built."""
 
     # Set-up -----------------------------------------------------------------------------------
 
@@ -100,6 +103,16 @@ class Mixer:
     def domains(self) -> list[str]:
         """Names of the K domains, in the order that every array of the run follows."""
         return self.decisions.domains
+
+    def wants(self, prefixes: Sequence[str]) -> bool:
+        """Whether a builder of this training data builds the run's.
+
+        The first one does, and until the first step those of the same data: under virtual
+        pipeline parallelism hosts build once a model chunk.
+        """
+        if not self.is_bound:
+            return True
+        return not self._has_begun and list(prefixes) == self.training_prefixes
 
     def name_of_prefix(self, prefix: str) -> str:
         """The domain that a dataset prefix stands for."""
@@ -131,13 +144,17 @@ class Mixer:
         if len(set(domains)) != len(domains):
             raise ValueError(f"domain names must differ, got {', '.join(domains)}")
         self._decisions = Decisions(self.config, self.run, domains, sizes, weights, checksums)
+        return self.online_dataset(datasets)
+
+    def online_dataset(self, datasets: Sequence[Any]) -> OnlineBlendedDataset | None:
+        """The training dataset over the domains' data; None on ranks that read no data."""
         if any(dataset is None for dataset in datasets):
             return None
         return OnlineBlendedDataset(
             list(datasets),
-            self._decisions.ledger.reader(self.config.blending.stage_timeout_s),
+            self.decisions.ledger.reader(self.config.blending.stage_timeout_s),
             size=self.run.train_samples,
-            names=domains,
+            names=self.domains,
         )
 
     def attach(self, model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -251,6 +268,7 @@ class Mixer:
             raise RuntimeError("the mixer is not attached to a model; call mixer.attach(model)")
         if self.num_samples(consumed_samples) == 0:
             raise RuntimeError(f"step {iteration} has no samples left: {self.exhausted}")
+        self._has_begun = True
         step = Step()
         start = time.perf_counter()
         config = self._model_config
@@ -276,6 +294,13 @@ class Mixer:
         step.mixing_seconds += self.measurement.seconds
         self._finish(step, iteration, consumed_samples)
         step.mixing_seconds += time.perf_counter() - start
+
+    def skip_step(self, consumed_samples: int) -> None:
+        """Pass over the step that starts here: its samples count as drawn; collective."""
+        self._has_begun = True
+        count = self.num_samples(consumed_samples)
+        self._settle()
+        self.continue_from(consumed_samples + count)
 
     def _finish(self, step: Step, iteration: int, consumed_samples: int) -> None:
         assert self.measurement is not None and self._background is not None

@@ -96,8 +96,9 @@ def _make_build(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def build(self: Any) -> list[Any]:
-        # A builder without training data, or one built after ours, is none of our business.
-        if _mixer is None or _mixer.is_bound or training_blend(self.config) is None:
+        # A builder without training data, or one of other data, is none of our business.
+        blend = training_blend(self.config)
+        if _mixer is None or blend is None or not _mixer.wants(blend[0]):
             return original(self)
         return build_with_online_training_split(self, original, _mixer)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_acodm.megatron.decisions import StepReport
 from megatron_acodm.megatron.mixer import Mixer, Step
 from megatron_acodm.megatron.run import RunShape
 from megatron_acodm.metrics import (
@@ -101,20 +102,7 @@ class Recorder:
         if step.mixing is not None and self._mixer is not None:
             report, mixing_seconds = step.mixing.report(), step.mixing.mixing_seconds
             loss = report.statistics.mean_loss
-            domains = domain_metrics(
-                self._mixer.domains,
-                report.weights.tolist(),
-                report.samples.tolist(),
-                report.statistics.loss.tolist(),
-                None if report.rewards is None else report.rewards.tolist(),
-                report.epochs.tolist(),
-            )
-            extra = {
-                "alignment_bytes": report.statistics.reduced_bytes,
-                "diagnostics": report.diagnostics,
-            }
-            if report.statistics.gram is not None:
-                extra["gram"] = report.statistics.gram
+            domains, extra = mixing_metrics(self._mixer.domains, report)
         writer.step(
             step.iteration,
             consumed_samples=self._run.samples_before(step.iteration),
@@ -132,7 +120,8 @@ class Recorder:
             log(
                 f"step {step.iteration}/{args.train_iters} | loss {loss:.4f} | lr "
                 f"{step.learning_rate:.2e} | {step.seconds:.2f} s | {tokens / step.seconds:,.0f} "
-                f"tokens/s | mixing {mixing_seconds / step.seconds:.1%}{_heaviest(domains)}"
+                f"tokens/s | mixing {mixing_seconds / step.seconds:.1%}"
+                + heaviest({name: values["weight"] for name, values in domains.items()})
             )
 
     def validation(self, iteration: int, losses: Mapping[str, float], seconds: float) -> None:
@@ -163,7 +152,29 @@ def log(message: str) -> None:
         print(message, flush=True)
 
 
-def _heaviest(domains: dict[str, dict[str, Any]]) -> str:
-    ranked = sorted(domains.items(), key=lambda item: -item[1]["weight"])[:3]
-    named = ", ".join(f"{name} {values['weight']:.3f}" for name, values in ranked)
+def heaviest(weights: Mapping[str, float]) -> str:
+    """Column of a console line: the three domains of the greatest weights, if there are any."""
+    ranked = sorted(weights.items(), key=lambda item: -item[1])[:3]
+    named = ", ".join(f"{name} {weight:.3f}" for name, weight in ranked)
     return f" | most: {named}" if named else ""
+
+
+def mixing_metrics(
+    domains: list[str], report: StepReport
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """A step's entry ``domains`` in ``metrics.jsonl``, and the other entries that mixing adds."""
+    extra = {
+        "alignment_bytes": report.statistics.reduced_bytes,
+        "diagnostics": report.diagnostics,
+    }
+    if report.statistics.gram is not None:
+        extra["gram"] = report.statistics.gram
+    entries = domain_metrics(
+        domains,
+        report.weights.tolist(),
+        report.samples.tolist(),
+        report.statistics.loss.tolist(),
+        None if report.rewards is None else report.rewards.tolist(),
+        report.epochs.tolist(),
+    )
+    return entries, extra

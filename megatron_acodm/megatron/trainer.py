@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import time
 from argparse import Namespace
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_acodm import __version__
 from megatron_acodm.arguments import run_shape
 from megatron_acodm.blending import DataExhausted
 from megatron_acodm.config import AcodmConfig
@@ -30,10 +28,9 @@ from megatron_acodm.megatron.data import (
 from megatron_acodm.megatron.measurement import SEQUENCE_LOSSES
 from megatron_acodm.megatron.model import TrainingModel, build_model
 from megatron_acodm.megatron.patches import patch, unpatch
+from megatron_acodm.megatron.policy_file import save_learned_policy
 from megatron_acodm.megatron.records import FinishedStep, Recorder, log
 from megatron_acodm.megatron.sources import DataSources, natural_weights
-from megatron_acodm.mixing.acodm import AcodmPolicy
-from megatron_acodm.mixing.transfer import save_policy
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +133,8 @@ class Trainer:
                     records.flush()
                     self._save()
                 if args.acodm_save_policy and (last or save):
-                    self._save_policy()
+                    assert self.mixer is not None  # acodm_config sees to it
+                    save_learned_policy(self.mixer, args.acodm_save_policy, args, self.iteration)
                 if last:
                     break
             records.flush()
@@ -320,21 +318,6 @@ class Trainer:
             self.args.save, self.iteration, self.model, self.mixer, self._fingerprint()
         )
         log(f"saved {folder} in {time.perf_counter() - start:.1f} s")
-
-    def _save_policy(self) -> None:
-        """Write what the agent has learned, for policy ``frozen`` of another run."""
-        args = self.args
-        if self.mixer is None or self.mixer.controller is None:
-            return
-        policy = self.mixer.controller.policy
-        assert isinstance(policy, AcodmPolicy)  # acodm_config sees to it
-        names = ("train_iters", "num_layers", "hidden_size", "num_attention_heads", "seq_length",
-                 "global_batch_size", "micro_batch_size", "lr", "seed")  # fmt: skip
-        provenance = {"megatron_acodm": __version__, "iteration": self.iteration}
-        provenance |= {name: getattr(args, name) for name in names}
-        provenance["config"] = self.mixer.config.to_dict()
-        provenance = json.loads(json.dumps(provenance))  # lists for tuples
-        save_policy(args.acodm_save_policy, policy.exported(provenance))
 
 
 def _due(interval: int | None, iteration: int) -> bool:

@@ -1,0 +1,166 @@
+"""Door: ``torchrun … -m megatron_acodm.launch``, an unedited Megatron-LM with a mixed diet."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import runpy
+import sys
+import time
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from megatron_acodm.arguments import acodm_config, add_mixing_arguments
+from megatron_acodm.config import AcodmConfig
+
+_HEAD_START_S = 2.0
+"""How long other ranks let rank 0 speak first: torchrun ends them when it exits."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the script that the command line names, under a policy if it names one."""
+    own, script, theirs = _split(sys.argv[1:] if arguments is None else list(arguments))
+    args = _parse(build_parser(), own, script)
+    _set_up_logging()
+    from megatron_acodm.blending import DataExhausted
+    from megatron_acodm.megatron.compat import UnsupportedHostError
+
+    try:
+        _launch(args, Path(script), theirs)
+    except (ValueError, OSError, UnsupportedHostError, DataExhausted) as error:
+        if not _is_ours(error.__traceback__):
+            raise
+        _fail(f"error: rank {_rank()}: {error}")
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the launcher's own flags."""
+    parser = ArgumentParser(
+        prog="python -m megatron_acodm.launch",
+        usage="%(prog)s [--acodm-config FILE] [--acodm-* ...] SCRIPT.py [arguments of the script]",
+        description="Run a training script of Megatron-LM, such as pretrain_gpt.py, unedited and "
+        "with its own arguments, while a policy decides its data mixture.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = parser.add_argument_group("data mixing")
+    add_mixing_arguments(group, default_policy="the config's; without a config none")
+    group.add_argument("--acodm-run-dir", type=Path, metavar="FOLDER",
+                       help="for metrics.jsonl, which the report reads; default: acodm in the "
+                       "script's --save or --tensorboard-dir")  # fmt: skip
+    return parser
+
+
+def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    """Our flags, the script and its arguments: the script is the first that ends in .py."""
+    for i, argument in enumerate(arguments):
+        if argument.endswith(".py") and not argument.startswith("-"):
+            return arguments[:i], argument, arguments[i + 1 :]
+    return arguments, "", []
+
+
+def _parse(parser: ArgumentParser, own: Sequence[str], script: str) -> Namespace:
+    if _rank() != 0:
+        parser.print_usage = lambda file=None: None  # type: ignore[method-assign]
+        parser.exit = _exit_quietly  # type: ignore[method-assign]
+    args = parser.parse_args(own)
+    if not script:
+        parser.error("no script is given: name it, ending in .py, after the --acodm-* flags")
+    return args
+
+
+def _config(args: Namespace) -> AcodmConfig | None:
+    """The configuration that the flags add up to; None to leave the script alone.
+
+    Raises:
+        ValueError: for a bad value, or flags that have no policy to go with.
+    """
+    if args.acodm_config is not None or args.acodm_policy is not None:
+        return acodm_config(args)
+    given = [name for name, value in vars(args).items() if value not in (None, False)]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise ValueError(f"{flag} needs a policy: give --acodm-config or --acodm-policy as well")
+    return None
+
+
+def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
+    config = _config(args)
+    misplaced = [word for word in theirs if word.startswith("--acodm-")]
+    if misplaced:
+        raise ValueError(f"{misplaced[0]} is a flag of the launcher: give it before {script.name}")
+    if not script.is_file():
+        raise ValueError(f"the script {script} does not exist")
+    sys.argv = [str(script), *theirs]
+    sys.path[0] = str(script.absolute().parent)  # as Python does for a script
+    from megatron_acodm.megatron.hosts import cpu
+
+    if cpu.runs_on_cpu(theirs):
+        cpu.prepare_megatron_lm()
+    if config is None:
+        if _rank() == 0:
+            print("megatron-acodm: no policy, the script runs as it is", flush=True)
+        runpy.run_path(str(script), run_name="__main__")
+        return
+    if _rank() != 0:  # Megatron warns of what is not installed; its scripts filter likewise
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions, MegatronLM
+
+    host = MegatronLM(
+        LaunchOptions(config, args.acodm_run_dir, args.acodm_adopt, args.acodm_save_policy)
+    )
+    with host.running():
+        runpy.run_path(str(script), run_name="__main__")
+    if not host.has_trained:
+        raise ValueError(
+            f"{script.name} ended without training in megatron.training's loop, so nothing was "
+            "mixed; the launcher is for scripts that call its pretrain()"
+        )
+
+
+def _set_up_logging() -> None:
+    """Our messages, once; the host sets up its own."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: megatron-acodm: %(message)s"))
+    ours = logging.getLogger("megatron_acodm")
+    ours.setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+    ours.addHandler(handler)
+    ours.propagate = False
+
+
+def _is_ours(traceback: TracebackType | None) -> bool:
+    """Whether an error was raised by this package, and not by the host or the script."""
+    raised_in = ""
+    while traceback is not None:
+        raised_in = traceback.tb_frame.f_code.co_filename
+        traceback = traceback.tb_next
+    return Path(__file__).parent in Path(raised_in).parents
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _exit_quietly(status: int = 0, message: str | None = None) -> NoReturn:
+    del message
+    time.sleep(_HEAD_START_S)
+    sys.exit(status)
+
+
+def _fail(message: str) -> NoReturn:
+    """Print the error once for all ranks and leave at once, whatever peers are waiting for."""
+    if _rank() != 0:
+        time.sleep(_HEAD_START_S)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

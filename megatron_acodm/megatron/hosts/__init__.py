@@ -1,0 +1,1 @@
+"""Training scripts of others, driven unedited: one module a host, and what it needs."""

@@ -1,0 +1,95 @@
+"""The policy's sidecar within Megatron-LM's own checkpoints, as they are saved and loaded.
+
+Rank 0 writes the sidecar under a temporary name, while nothing of the checkpoint is there yet, and
+renames it into the checkpoint's folder right before the host announces it. A crash at any moment
+leaves either both or neither; the host deletes both with the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_acodm.files import sync
+from megatron_acodm.megatron.compat import host_symbol
+from megatron_acodm.megatron.mixer import Mixer
+from megatron_acodm.megatron.sidecar import FOLDER, load_sidecar, save_sidecar
+
+_STAGING = ".acodm_being_saved"
+
+
+class CheckpointLifeCycle:
+    """One run's saves and its load.
+
+    Args:
+        args: Megatron-LM's.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self._staged: tuple[Path, Path] | None = None
+        self.loaded_from: str | None = None
+        """The file or folder that the host has read the model from."""
+
+    @contextlib.contextmanager
+    def saving(self, mixer: Mixer, iteration: int) -> Iterator[None]:
+        """Around the host's save of an iteration; collective."""
+        get_checkpoint_name = host_symbol("megatron.training.checkpointing.get_checkpoint_name")[2]
+        root = Path(self._args.save)
+        staging = root / _STAGING
+        if dist.get_rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        save_sidecar(mixer, staging, iteration)
+        if dist.get_rank() == 0:
+            folder = get_checkpoint_name(str(root), iteration, return_base_dir=True)
+            self._staged = staging, Path(folder)
+        try:
+            yield
+            if self._staged is not None:
+                raise RuntimeError(
+                    f"Megatron-LM saved iteration {iteration} without asking for its tracker file, "
+                    "so the policy was not saved with it; this version is not supported"
+                )
+        finally:
+            self._staged = None
+
+    def put_in_place(self) -> None:
+        """Move a sidecar that is being saved into its checkpoint, on rank 0."""
+        if self._staged is None:
+            return
+        (staging, folder), self._staged = self._staged, None
+        final = folder / FOLDER
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt at this iteration
+        (staging / FOLDER).rename(final)
+        sync(folder)
+        staging.rmdir()
+
+    def restore(self, mixer: Mixer, *, adopt: bool) -> None:
+        """Go on where the checkpoint that the host has loaded was saved; collective.
+
+        Raises:
+            ValueError: when its sidecar is damaged or of a run that differs, or batch sizes were
+                other ones.
+        """
+        args = self._args
+        planned = mixer.run.samples_before(args.iteration)
+        if args.consumed_train_samples != planned:
+            raise ValueError(
+                f"the checkpoint of iteration {args.iteration} was saved after "
+                f"{args.consumed_train_samples} sequences, with the batch sizes given now it would "
+                f"be {planned}; give those that it was saved with"
+            )
+        path = Path(self.loaded_from or "")
+        folders = [p for p in (path, *path.parents) if p.name.startswith("iter_")]
+        if not folders:
+            raise ValueError(
+                f"the host has loaded iteration {args.iteration} from {self.loaded_from}, which is "
+                "no folder of a checkpoint; an online policy cannot go on from it"
+            )
+        load_sidecar(mixer, folders[0], args.iteration, adopt=adopt)

@@ -1,0 +1,120 @@
+"""What of Megatron-LM an online policy does not work with: refused at the start, with a remedy."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron_acodm.config import AcodmConfig
+from megatron_acodm.mixing import POLICIES
+
+_Problem = tuple[str, Callable[[Any], bool], str, str]
+"""A Megatron-LM argument, which of its values are refused, why, and the remedy."""
+
+
+def _is_set(value: Any) -> bool:
+    return bool(value)
+
+
+def _above_1(value: Any) -> bool:
+    return (value or 1) > 1
+
+
+def _none(value: Any) -> bool:
+    return value not in (None, "none")
+
+
+_ALWAYS: tuple[_Problem, ...] = (
+    (
+        "dataloader_type", lambda value: value != "single",
+        "samples are decided as training goes, so they must be drawn in order",
+        "use --dataloader-type single",
+    ),
+    ("mock_data", _is_set, "mock data has no domains", "give --data-path"),
+    ("fim_data", _is_set, "fill-in-the-middle data is not supported yet", "remove it"),
+    ("sft", _is_set, "packed fine-tuning data is not supported yet", "remove it"),
+    (
+        "dataloader_inter_document_masking", _is_set,
+        "packed sequences are not supported yet", "remove it",
+    ),
+    ("skip_train", _is_set, "nothing is trained, so nothing is mixed", "use --acodm-policy none"),
+    ("perform_rl_step", _is_set, "reinforcement learning makes its own batches", "remove it"),
+    ("phase_transition_iterations", _is_set, "one run has one order of samples", "remove it"),
+    ("step_batch_size_schedule", _is_set, "it is not supported yet", "use --global-batch-size"),
+    ("freeze_all_layers", _is_set, "nothing is trained", "use --acodm-policy none"),
+    ("decrease_batch_size_if_needed", _is_set, "batch sizes must be known ahead", "remove it"),
+    ("hybrid_context_parallel", _is_set, "it deals samples to ranks in its own order", "remove it"),
+    ("expert_model_parallel_size", _above_1, "ranks hold different experts", "set it to 1"),
+    ("gtp_weight_remat_size", _above_1, "it deals samples to ranks in its own order", "remove it"),
+    ("use_megatron_fsdp", _is_set, "gradients are sharded before they are whole", "remove it"),
+    ("use_torch_fsdp2", _is_set, "gradients are sharded before they are whole", "remove it"),
+    (
+        "overlap_param_gather", _is_set,
+        "a step's new weights are not yet on every rank when it ends", "remove it",
+    ),
+    (
+        "ckpt_format", lambda value: value not in (None, "torch", "torch_dist"),
+        "its checkpoints are not supported yet", "use --ckpt-format torch_dist",
+    ),
+    (
+        "non_persistent_save_interval", _is_set,
+        "the policy is saved with persistent checkpoints only", "use --save-interval",
+    ),
+    ("ckpt_convert_format", _is_set, "nothing is trained", "convert without the launcher"),
+    ("inprocess_restart", _is_set, "the policy cannot restart within a process", "remove it"),
+    ("adlr_autoresume", _is_set, "it is not supported yet", "remove it"),
+    ("enable_full_sharding_in_hsdp", _is_set, "gradients are sharded", "remove it"),
+)  # fmt: skip
+
+_OF_GRADIENTS: tuple[_Problem, ...] = (
+    ("cuda_graph_impl", _none, "its replays hide gradients", "use --cuda-graph-impl none"),
+    ("enable_cuda_graph", _is_set, "its replays hide gradients", "remove it"),
+    ("external_cuda_graph", _is_set, "its replays hide gradients", "remove it"),
+    ("overlap_moe_expert_parallel_comm", _is_set, "it reorders backward passes", "remove it"),
+    ("delay_wgrad_compute", _is_set, "it reorders backward passes", "remove it"),
+)
+"""Under policies that compare gradients."""
+
+
+def refuse_unsupported(args: Namespace, config: AcodmConfig) -> None:
+    """Refuse arguments under which an online policy would not work, all at once.
+
+    Args:
+        args: Megatron-LM's, validated. Those that a version does not have are passed over.
+        config: of the policy.
+
+    Raises:
+        ValueError: naming each, why, and what to do.
+    """
+    policy = config.mixing.policy
+    problems = _ALWAYS + (_OF_GRADIENTS if POLICIES[policy].needs_alignment else ())
+    found = [
+        f"--{name.replace('_', '-')} is {getattr(args, name)!r}: {reason}; {remedy}"
+        for name, is_refused, reason, remedy in problems
+        if hasattr(args, name) and is_refused(getattr(args, name))
+    ]
+    if "full_iteration" in str(getattr(args, "cuda_graph_scope", "")):
+        found.append("--cuda-graph-scope full_iteration hides every step; use another scope")
+    for name in ("save", "load"):
+        if "://" in str(getattr(args, name, None)):
+            found.append(f"--{name} must be a folder, so that the policy is saved in it")
+    if found:
+        raise ValueError(
+            f"policy {policy!r} does not work with these arguments of the script:\n  "
+            + "\n  ".join(found)
+        )
+
+
+def refuse_unshared_data(provider: Any, tensor_parallel_size: int) -> None:
+    """Refuse a script whose datasets are built on one tensor-parallel rank alone.
+
+    Raises:
+        ValueError: naming the attribute that the script must set.
+    """
+    if tensor_parallel_size > 1 and not getattr(provider, "is_distributed", False):
+        raise ValueError(
+            "the script builds its datasets on the first tensor-parallel rank alone, but every "
+            "rank needs the domains; let it set is_distributed = True on its dataset provider, as "
+            "pretrain_gpt.py does"
+        )

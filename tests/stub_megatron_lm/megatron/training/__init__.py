@@ -1,0 +1,1 @@
+"""Stands in for Megatron-LM's training package: the names and the order of calls, nothing else."""

@@ -1,0 +1,5 @@
+"""Where the host keeps its arguments."""
+
+from argparse import Namespace
+
+args = Namespace()
