@@ -84,7 +84,7 @@ def test_the_product_with_itself_is_free_of_the_bias_of_noise() -> None:
 def test_it_continues_from_its_state_bit_for_bit() -> None:
     rng, share = np.random.default_rng(2), np.array([0.6, 0.4, 0.0])
     left, right = (AverageGradients(K, P, 0.9, "cpu") for _ in range(2))
-    left.update(_contributions(rng.normal(size=(K, P)), share), share, SCALE)
+    left.compare(_contributions(rng.normal(size=(K, P)), share), share, SCALE)
     right.load_state_dict(left.state_dict())
     for share in (np.array([0.2, 0.3, 0.5]), np.array([0.0, 0.5, 0.5])):
         rows = _contributions(rng.normal(size=(K, P)), share)
