@@ -10,6 +10,7 @@ from typing import Any
 from megatron_acodm.config import ESTIMATORS, GRANULES, POLICIES, AcodmConfig
 from megatron_acodm.megatron.run import RunShape
 from megatron_acodm.megatron.tokenizer import TOKENIZER_TYPES
+from megatron_acodm.policy_config import OBJECTIVES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -138,6 +139,9 @@ def add_mixing_arguments(group: Any, default_policy: str) -> None:
                        "at every checkpoint and at the end")  # fmt: skip
     group.add_argument("--acodm-load-policy", metavar="FILE",
                        help="policy frozen: what another run learned")  # fmt: skip
+    group.add_argument("--acodm-objective", choices=OBJECTIVES,
+                       help="policy acodm: what the mixture is to lower, the mean over domains of "
+                       "perplexity or loss; batch: the paper's reward")  # fmt: skip
     group.add_argument("--acodm-decision-lag", type=int)
     group.add_argument("--acodm-granule", choices=GRANULES,
                        help="what is of one domain as a whole")  # fmt: skip
@@ -212,6 +216,9 @@ def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:
         given = {key: value for key, value in values.items() if value is not None}
         changed = dataclasses.replace(getattr(config, section), **given)
         config = dataclasses.replace(config, **{section: changed})
+    if args.acodm_objective is not None:
+        agent = dataclasses.replace(config.mixing.agent, objective=args.acodm_objective)
+        config = dataclasses.replace(config, mixing=dataclasses.replace(config.mixing, agent=agent))
     _refuse_to_save_policy(args, config.mixing.policy)
     return config
 

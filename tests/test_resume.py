@@ -98,6 +98,7 @@ def test_resume_in_another_layout_draws_the_same_samples(
         (("--acodm-policy", "none"), "policy: saved acodm, now none"),
         (("--acodm-decision-lag", "0"), "decision lag: saved 1, now 0"),
         (("--acodm-kind", "fc1"), "alignment: saved .*fc2.*, now .*fc1"),
+        (("--acodm-objective", "loss"), "objective: saved perplexity, now loss"),
         (("--hidden-size", "64"), "does not fit this model"),
     ],
 )

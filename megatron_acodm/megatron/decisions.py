@@ -227,7 +227,9 @@ class Decisions:
             },
             "policy": self._config.mixing.policy,
             "mixing.weights": self._config.mixing.weights,
-            # Rewards of other gradients must not be averaged with the saved ones.
+            # Rewards for another objective, or of other gradients, must not be averaged with the
+            # saved ones.
+            "objective": self._config.mixing.agent.objective,
             "alignment": {
                 name: value
                 for name, value in asdict(self._config.alignment).items()
