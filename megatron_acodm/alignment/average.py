@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _COLUMNS = 1 << 16
-"""Columns of the rows that are turned into float64 at a time."""
+"""Columns of the rows that are worked on at a time."""
 
 
 class AverageGradients:
@@ -37,13 +37,15 @@ class AverageGradients:
         self.smoothing = smoothing
         self.mean = torch.zeros(num_domains, row_length, dtype=torch.float32, device=device)
         """[K, row_length]: the averages; 0 for a domain that was never drawn."""
-        self._elapsed = np.full(num_domains, -1, dtype=np.int64)  # steps since drawn; -1: never
+        self._known = torch.zeros(num_domains, dtype=torch.bool, device=device)
+        self._elapsed = np.zeros(num_domains, dtype=np.int64)  # steps since it was last drawn
 
     def compare(self, rows: Tensor, share: np.ndarray, scale: Tensor) -> Tensor:
         """Multiply a step's rows with the averages, then take them in.
 
-        A domain's first gradient is its average already when it is compared. A row that is not
-        finite leaves its average as it is.
+        A domain's first gradient is its average for the others already in that step; its product
+        with itself counts as 0, as it would hold the noise that averages are free of. A row that
+        is not finite leaves its average as it is.
 
         Args:
             rows: [K, row_length] contributions to the step's gradient.
@@ -53,33 +55,44 @@ class AverageGradients:
         Returns:
             This rank's part of <row_i, m_j>, [K, K] float64.
         """
-        drawn, first = share > 0.0, self._elapsed < 0
-        rate = np.where(first, 1.0, 1.0 - self.smoothing ** (1.0 + np.maximum(self._elapsed, 0)))
-        rate = np.where(drawn, rate, 0.0)
-        self._elapsed = np.where(drawn, 0, np.where(first, -1, self._elapsed + 1))
-        if (drawn & first).any():
-            self._take_in(rows, np.where(first, rate, 0.0), share, scale)
-        products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-        for start in range(0, rows.shape[1], _COLUMNS):
-            columns = slice(start, start + _COLUMNS)
-            products += rows[:, columns].double() @ self.mean[:, columns].double().T
-        self._take_in(rows, rate, share, scale)
-        return products
-
-    def _take_in(self, rows: Tensor, rate: np.ndarray, share: np.ndarray, scale: Tensor) -> None:
-        gain = np.divide(rate, share, out=np.zeros_like(rate), where=share > 0.0)
-        factors = torch.from_numpy(np.stack([1.0 - rate, gain])).float()
+        drawn = share > 0.0
+        rate = np.where(drawn, 1.0 - self.smoothing ** (1.0 + self._elapsed), 0.0)
+        gain = np.divide(1.0, share, out=np.zeros_like(rate), where=drawn)
+        self._elapsed = np.where(drawn, 0, self._elapsed + 1)
+        factors = torch.from_numpy(np.stack([rate, gain])).float()
         if rows.is_cuda:  # a copy that the host does not wait for
             factors = factors.pin_memory().to(rows.device, non_blocking=True)
-        kept, gain_on_device = factors[:, :, None]
-        mean = kept * self.mean + (gain_on_device / scale) * rows
-        finite = mean.isfinite().all(dim=1, keepdim=True)
-        torch.where(finite, mean, self.mean, out=self.mean)
+        usual_rate, gain_on_device = factors
+        # Which domains are new is known on the device alone: their first row may not be finite.
+        usable = (gain_on_device > 0.0) & self._finite(rows)
+        new = usable & ~self._known
+        gain_on_device = gain_on_device / scale
+        products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for columns in self._columns():
+            part, mean = rows[:, columns], self.mean[:, columns]
+            gradient = torch.where(usable[:, None], part * gain_on_device[:, None], mean)
+            mean.copy_(torch.where(new[:, None], gradient, mean))
+            products += part.double() @ mean.double().T
+            mean.lerp_(gradient, usual_rate[:, None])
+        products.diagonal().masked_fill_(new, 0.0)
+        self._known |= usable
+        return products
+
+    def _columns(self) -> list[slice]:
+        """Parts of the rows, so that what is made on the way stays small."""
+        return [slice(i, i + _COLUMNS) for i in range(0, self.mean.shape[1], _COLUMNS)]
+
+    def _finite(self, rows: Tensor) -> Tensor:
+        finite = torch.ones_like(self._known)
+        for columns in self._columns():
+            finite &= rows[:, columns].isfinite().all(dim=1)
+        return finite
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's averages, on the CPU."""
         return {
             "mean": self.mean.detach().to("cpu", copy=True),
+            "known": self._known.to("cpu", copy=True),
             "elapsed": torch.from_numpy(self._elapsed.copy()),
         }
 
@@ -96,4 +109,5 @@ class AverageGradients:
                 "settings it was saved with"
             )
         self.mean.copy_(state["mean"])
+        self._known.copy_(state["known"])
         self._elapsed = state["elapsed"].numpy().copy()

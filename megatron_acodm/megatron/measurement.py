@@ -89,6 +89,7 @@ class StepMeasurement:
         self._num_domains = num_domains
         self._measure_gradients = measure_gradients
         self.averages = averages
+        self.parameters: Sequence[str] = capture.names
         self._gram_interval = gram_interval if measure_gradients else 0
         self._groups = groups
         self._device = device
@@ -265,7 +266,8 @@ class StepMeasurement:
         fetch = _sum_in_background(vector, self._groups.model, self._side_stream)
         reduced = self.estimator.packed_bytes + vector.nbytes + self._capture.sent_bytes
         num_micro_batches, per_token = self._num_micro_batches, self._per_token
-        return lambda: self._unpack(fetch(), num_micro_batches, per_token, reduced)
+        samples = int(self._samples.sum())
+        return lambda: self._unpack(fetch(), num_micro_batches, samples, per_token, reduced)
 
     def _local_vector(self) -> torch.Tensor:
         sums, sq_norms = self.estimator.products()
@@ -285,12 +287,19 @@ class StepMeasurement:
 
     def _compare_with(self, averages: AverageGradients) -> torch.Tensor:
         # Every rank knows the shares by sequence; those by token are on the last stages only.
+        # Where the host sums over tokens, averages are of a sequence's tokens.
         share = self._samples / self._samples.sum()
-        replicas = 1 if self._per_token else dist.get_world_size(self._groups.data)
+        per_token, samples = self._per_token, int(self._samples.sum())
+        replicas = samples if per_token else dist.get_world_size(self._groups.data)
         return averages.compare(self.estimator.rows, share, self._grad_scale.reshape(1) * replicas)
 
     def _unpack(
-        self, vector: np.ndarray, num_micro_batches: int, per_token: bool, reduced_bytes: int
+        self,
+        vector: np.ndarray,
+        num_micro_batches: int,
+        samples: int,
+        per_token: bool,
+        reduced_bytes: int,
     ) -> StepStatistics:
         k = self._num_domains
         sums, sq_norms, loss_sum, tokens, shares = vector[: 5 * k].reshape(5, k)
@@ -313,10 +322,8 @@ class StepMeasurement:
             alignment, grad_sq_norm = mean_gradient_scores(sums, sq_norms, share, scale)
             if self.averages is not None:
                 products = vector[end : end + k * k].reshape(k, k)
-                # With losses by token the averages are of token sums.
-                affinity = mean_gradient_affinity(
-                    products, share, scale * total if per_token else scale
-                )
+                tokens_a_sequence = total / samples if per_token else 1.0
+                affinity = mean_gradient_affinity(products, share, scale * tokens_a_sequence)
                 end += k * k
             if len(vector) > end:
                 gram = mean_gradient_gram(vector[end:].reshape(k, k), share, scale)

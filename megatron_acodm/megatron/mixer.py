@@ -350,6 +350,11 @@ class Mixer:
         return self.measurement.averages if self.measurement is not None else None
 
     @property
+    def measured_parameters(self) -> list[str]:
+        """Names of the parameters whose gradients this rank compares."""
+        return list(self.measurement.parameters) if self.measurement is not None else []
+
+    @property
     def model_parallel_sizes(self) -> list[int]:
         """Tensor, pipeline and virtual pipeline sizes."""
         return list(self._groups.model_sizes)

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_acodm.blending import adopt as adopt_ledger
@@ -35,7 +36,8 @@ def save_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> No
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=mixer.control_group)
     if mixer.averages is not None and mixer.is_first_replica:
-        save_state(folder / _averages_name(mixer), mixer.averages.state_dict())
+        state = mixer.averages.state_dict() | {"parameters": mixer.measured_parameters}
+        save_state(folder / _averages_name(mixer), state)
     if dist.get_rank() == 0:
         assert mixer.controller is not None
         save_state(folder / "ledger", mixer.ledger.state_dict())
@@ -85,7 +87,7 @@ def load_sidecar(
         with open(folder / "acodm.json", encoding="utf-8") as file:
             description = json.load(file)
         version, saved_iteration = description.get("format"), description["iteration"]
-        saved, layout = description["fingerprint"], description["model_parallel"]
+        saved, layout = description["fingerprint"], description.get("model_parallel")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'acodm.json'} is damaged: {error}") from error
     if version != FORMAT:
@@ -109,18 +111,29 @@ def load_sidecar(
     if mixer.controller is not None and list(domains) == list(saved_domains):
         mixer.controller.load_state_dict(load_state(policy))
     if mixer.averages is not None and list(domains) == list(saved_domains):
-        if layout == mixer.model_parallel_sizes:
-            mixer.averages.load_state_dict(load_state(folder / _averages_name(mixer)))
-        else:
-            logger.warning(
-                "%s was saved with tensor x pipeline parallel sizes %s, now %s: the averages of "
-                "the domains' gradients start afresh",
-                checkpoint_dir,
-                layout,
-                mixer.model_parallel_sizes,
-            )
+        _load_averages(mixer, folder, layout)
     mixer.continue_from(consumed)
     return True
+
+
+def _load_averages(mixer: Mixer, folder: Path, layout: list[int]) -> None:
+    """Take each rank's averages, unless any rank holds another part of the model now."""
+    assert mixer.averages is not None
+    state: dict[str, Any] = {}
+    if layout == mixer.model_parallel_sizes:
+        state = load_state(folder / _averages_name(mixer))
+    same = torch.tensor(int(state.get("parameters") == mixer.measured_parameters))
+    dist.all_reduce(same, op=dist.ReduceOp.MIN, group=mixer.control_group)
+    if same:
+        mixer.averages.load_state_dict(state)
+    else:
+        logger.warning(
+            "%s was saved with another split of the model (tensor, pipeline and virtual sizes %s, "
+            "now %s): the averages of the domains' gradients start afresh",
+            folder.parent,
+            layout,
+            mixer.model_parallel_sizes,
+        )
 
 
 def _averages_name(mixer: Mixer) -> str:

@@ -38,8 +38,8 @@ class Observation:
 
     affinity: np.ndarray | None
     """[K, K] float64: <g_i, m_j> with m_j the moving average of g_j over the steps before; rows of
-    domains that were not drawn are nan, columns of those that never were are 0. A domain's
-    first gradient counts as its average."""
+    domains that were not drawn are nan, columns of those that never were are 0. In the
+    step that first draws a domain its gradient counts as its average, and <g_i, m_i> is 0."""
 
     weight_norm: np.ndarray | None
     """[D] float64: root mean square of each probed layer's weights."""

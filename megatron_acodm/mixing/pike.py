@@ -56,8 +56,10 @@ class PikePolicy(Policy):
     def decide(self, observation: Observation) -> np.ndarray:
         """Learn from one step's gradients; weights [K] for the next undecided one."""
         assert observation.grad_sq_norm is not None and observation.affinity is not None
-        measured = np.isfinite(observation.grad_sq_norm) & (observation.samples > 0)
-        sq_norm = np.where(measured, np.diagonal(observation.affinity), 0.0)
+        own = np.diagonal(observation.affinity)
+        # 0 in the step that first draws a domain, before it has an average.
+        measured = np.isfinite(own) & (observation.samples > 0) & (own != 0.0)
+        sq_norm = np.where(measured, own, 0.0)
         noise = np.where(measured, observation.grad_sq_norm - sq_norm, 0.0)
         self._sums = self._sums + np.stack([measured, sq_norm, noise * observation.samples])
         if observation.iteration >= self._next_update:

@@ -65,9 +65,13 @@ class CheckpointLifeCycle:
             return
         (staging, folder), self._staged = self._staged, None
         final = folder / FOLDER
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt at this iteration
+        aside = _set_aside(folder)
+        if final.is_dir():  # of an earlier save of this iteration, which may be announced
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
         (staging / FOLDER).rename(final)
         sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
         staging.rmdir()
 
     def restore(self, mixer: Mixer, *, adopt: bool) -> None:
@@ -92,4 +96,13 @@ class CheckpointLifeCycle:
                 f"the host has loaded iteration {args.iteration} from {self.loaded_from}, which is "
                 "no folder of a checkpoint; an online policy cannot go on from it"
             )
+        if dist.get_rank() == 0:
+            aside = _set_aside(folders[0])
+            if aside.is_dir() and not (folders[0] / FOLDER).is_dir():  # killed between two renames
+                aside.rename(folders[0] / FOLDER)
+        dist.barrier()
         load_sidecar(mixer, folders[0], args.iteration, adopt=adopt)
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder / f"{FOLDER}.old"

@@ -72,6 +72,7 @@ class MegatronLM:
         self._originals: list[tuple[Any, str, Any]] = []
         self._logs_step = False
         self._last_iteration = 0
+        self._data_has_ended = False
 
     # Patches ----------------------------------------------------------------------------------
 
@@ -246,12 +247,17 @@ class MegatronLM:
         if iteration < args.train_iters and mixer.num_samples(consumed) == 0:
             log(f"megatron-acodm: training ends after step {iteration}: {mixer.exhausted}")
             args.train_iters = iteration
+            self._data_has_ended = True
 
     def _skip_step(self, original: Function) -> Function:
         def dummy_train_step(*args: Any, **kwargs: Any) -> Any:
+            consumed = self._args.consumed_train_samples
             result = original(*args, **kwargs)
             if self.mixer is not None:
-                self.mixer.skip_step(self._args.consumed_train_samples)
+                count = self.mixer.num_samples(consumed)
+                self.mixer.skip_step(consumed)
+                self._last_iteration += 1
+                self._end_where_data_ends(self._last_iteration, consumed + count)
             return result
 
         return dummy_train_step
@@ -342,13 +348,11 @@ class MegatronLM:
         self._recorder.flush()
         if self.options.save_policy:
             save_learned_policy(mixer, self.options.save_policy, self._args, self._last_iteration)
-        if mixer.config.blending.repetition == "error" and mixer.exhausted is not None:
-            shape = mixer.run
-            if self._last_iteration < shape.train_iters:
-                raise DataExhausted(
-                    f"training ended after step {self._last_iteration} of {shape.train_iters}: "
-                    f"{mixer.exhausted}"
-                )
+        if mixer.config.blending.repetition == "error" and self._data_has_ended:
+            raise DataExhausted(
+                f"training ended after step {self._last_iteration} of {mixer.run.train_iters}: "
+                f"{mixer.exhausted}"
+            )
 
     @property
     def has_trained(self) -> bool:
