@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import runpy
 import sys
-import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
 from megatron_acodm.arguments import acodm_config, add_mixing_arguments
 from megatron_acodm.config import AcodmConfig
-
-_HEAD_START_S = 2.0
-"""How long other ranks let rank 0 speak first: torchrun ends them when it exits."""
+from megatron_acodm.door import fail, rank, speak_once
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, UnsupportedHostError, DataExhausted) as error:
         if not _is_ours(error.__traceback__):
             raise
-        _fail(f"error: rank {_rank()}: {error}")
+        fail(f"error: rank {rank()}: {error}")
 
 
 def build_parser() -> ArgumentParser:
@@ -65,9 +60,7 @@ def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
 
 
 def _parse(parser: ArgumentParser, own: Sequence[str], script: str) -> Namespace:
-    if _rank() != 0:
-        parser.print_usage = lambda file=None: None  # type: ignore[method-assign]
-        parser.exit = _exit_quietly  # type: ignore[method-assign]
+    speak_once(parser)
     args = parser.parse_args(own)
     if not script:
         parser.error("no script is given: name it, ending in .py, after the --acodm-* flags")
@@ -103,11 +96,11 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
     if cpu.runs_on_cpu(theirs):
         cpu.prepare_megatron_lm()
     if config is None:
-        if _rank() == 0:
+        if rank() == 0:
             print("megatron-acodm: no policy, the script runs as it is", flush=True)
         runpy.run_path(str(script), run_name="__main__")
         return
-    if _rank() != 0:  # Megatron warns of what is not installed; its scripts filter likewise
+    if rank() != 0:  # Megatron warns of what is not installed; its scripts filter likewise
         warnings.filterwarnings("ignore", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
     from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions, MegatronLM
@@ -129,7 +122,7 @@ def _set_up_logging() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: megatron-acodm: %(message)s"))
     ours = logging.getLogger("megatron_acodm")
-    ours.setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+    ours.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     ours.addHandler(handler)
     ours.propagate = False
 
@@ -141,25 +134,6 @@ def _is_ours(traceback: TracebackType | None) -> bool:
         raised_in = traceback.tb_frame.f_code.co_filename
         traceback = traceback.tb_next
     return Path(__file__).parent in Path(raised_in).parents
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _exit_quietly(status: int = 0, message: str | None = None) -> NoReturn:
-    del message
-    time.sleep(_HEAD_START_S)
-    sys.exit(status)
-
-
-def _fail(message: str) -> NoReturn:
-    """Print the error once for all ranks and leave at once, whatever peers are waiting for."""
-    if _rank() != 0:
-        time.sleep(_HEAD_START_S)
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -5,25 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_acodm.arguments import acodm_config, build_parser, check_arguments, check_batch
+from megatron_acodm.door import fail, rank, speak_once
 
 if TYPE_CHECKING:
     from megatron_acodm.megatron.trainer import Trainer
-
-_HEAD_START_S = 2.0
-"""How long other ranks let rank 0 speak first: torchrun ends them when it exits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says; exits non-zero with one message when it cannot."""
     args = _parse(build_parser(), arguments)
-    level = logging.INFO if _rank() == 0 else logging.ERROR
+    level = logging.INFO if rank() == 0 else logging.ERROR
     logging.basicConfig(level=max(level, logging.WARNING), format="%(levelname)s: %(message)s")
     logging.getLogger("megatron_acodm").setLevel(level)
     # Megatron warns on import of everything that is not installed, on every rank.
@@ -34,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         trainer = _set_up(args)
     except (ValueError, OSError, UnsupportedHostError) as error:
-        _fail(f"error: rank {_rank()}: {error}")
+        fail(f"error: rank {rank()}: {error}")
     ended_early = ""
     try:
         trainer.train()
     except DataExhausted as error:  # on every rank, after the last checkpoint
         ended_early = f"error: {error}"
-    if _rank() == 0:
+    if rank() == 0:
         from megatron_acodm.report import closing_table
 
         print(closing_table(args.run_dir), flush=True)
@@ -76,29 +73,8 @@ def _set_up(args: Namespace) -> Trainer:
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
-    if _rank() != 0:
-        parser.print_usage = lambda file=None: None  # type: ignore[method-assign]
-        parser.exit = _exit_quietly  # type: ignore[method-assign]
+    speak_once(parser)
     return parser.parse_args(arguments)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _exit_quietly(status: int = 0, message: str | None = None) -> NoReturn:
-    del message
-    time.sleep(_HEAD_START_S)
-    sys.exit(status)
-
-
-def _fail(message: str) -> NoReturn:
-    """Print the error once for all ranks and leave at once, whatever peers are waiting for."""
-    if _rank() != 0:
-        time.sleep(_HEAD_START_S)
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
 
 
 if __name__ == "__main__":

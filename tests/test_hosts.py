@@ -247,6 +247,26 @@ def test_training_ends_with_a_checkpoint_when_the_data_does(
     assert (tmp_path / "c" / f"iter_{last:07d}" / "acodm").is_dir()
 
 
+@pytest.mark.parametrize("skipped", [[], [7]], ids=["trained", "skipped"])
+def test_only_data_that_is_used_up_is_an_error(
+    script: Script, tmp_path: Path, skipped: list[int]
+) -> None:
+    config = AcodmConfig(
+        mixing=MixingConfig(policy="uniform"), blending=BlendingConfig(repetition="error")
+    )
+    script.prefixes = script.prefixes[:2]  # 64 sequences: 8 steps
+    script.provider = functools.partial(_few, script.provider)  # type: ignore[method-assign]
+    arguments = {"train_iters": 20, "save": str(tmp_path / "c"), "save_interval": 100}
+    arguments |= {"iterations_to_skip": skipped}
+    # One step before the end the ledger knows already that no other stage fits; it is no fault.
+    with pytest.raises(SystemExit) as ended:
+        script(LaunchOptions(config, tmp_path / "early"), **arguments, exit_interval=7)
+    assert ended.value.code == 0
+    with pytest.raises(DataExhausted, match="training ended after step 8 of 20"):
+        script(LaunchOptions(config, tmp_path / "run"), **arguments)
+    assert (tmp_path / "c" / "iter_0000008" / "acodm").is_dir()
+
+
 def _few(provider: Callable[[], list[Any]]) -> list[Any]:
     """The data, whose ledger then holds 32 sequences a domain alone."""
     from megatron_acodm.megatron import builder
@@ -282,6 +302,17 @@ def test_a_run_goes_on_from_the_hosts_checkpoint(script: Script, tmp_path: Path)
     script(LaunchOptions(UNIFORM, tmp_path / "run"), **save)
     assert _drawn(tmp_path / "run") == _drawn(tmp_path / "whole")
     assert [folder.name for folder in (tmp_path / "c").glob("iter_*")] == ["iter_0000004"]
+
+
+def test_a_policy_caught_while_it_was_replaced_still_loads(script: Script, tmp_path: Path) -> None:
+    save = {"save": str(tmp_path / "c"), "load": str(tmp_path / "c")}
+    script(LaunchOptions(UNIFORM, tmp_path / "whole"))
+    with pytest.raises(SystemExit):
+        script(LaunchOptions(UNIFORM, tmp_path / "run"), exit_interval=2, **save)
+    folder = tmp_path / "c" / "iter_0000002"
+    (folder / "acodm").rename(folder / "acodm.old")
+    script(LaunchOptions(UNIFORM, tmp_path / "run"), **save)
+    assert _drawn(tmp_path / "run") == _drawn(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("moment", ["before the policy", "before the announcement"])

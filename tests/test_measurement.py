@@ -100,6 +100,13 @@ def test_alignment_and_losses_equal_the_float64_reference(arguments: tuple[str, 
     scale = np.abs(gram).max()
     np.testing.assert_allclose(statistics.alignment[:3], expected, rtol=1e-4, atol=1e-5 * scale)
     np.testing.assert_allclose(statistics.grad_sq_norm[:3], np.diag(gram)[:3], rtol=1e-4)
+    # A first step's gradients are the averages already, but for a domain's own.
+    others = ~np.eye(3, dtype=bool)
+    np.testing.assert_allclose(
+        statistics.affinity[:3, :3][others], gram[:3, :3][others], rtol=1e-4, atol=1e-5 * scale
+    )
+    assert np.diag(statistics.affinity)[:3].tolist() == [0.0] * 3
+    assert (statistics.affinity[:3, 3] == 0.0).all() and np.isnan(statistics.affinity[3]).all()
     np.testing.assert_allclose(statistics.loss[:3], losses[:3], rtol=1e-5)
     assert statistics.tokens.tolist() == [64, 32, 96, 0]
     for values in (statistics.alignment, statistics.grad_sq_norm, statistics.loss):
@@ -127,6 +134,7 @@ def test_the_loss_scale_and_per_token_losses_do_not_change_the_scores() -> None:
     for other in (scaled, per_token):
         np.testing.assert_allclose(other.alignment, plain.alignment, rtol=1e-4)
         np.testing.assert_allclose(other.grad_sq_norm, plain.grad_sq_norm, rtol=1e-4)
+        np.testing.assert_allclose(other.affinity, plain.affinity, rtol=1e-4)
 
 
 def test_fused_gradient_accumulation_is_read_from_the_growth_of_main_grad() -> None:

@@ -120,18 +120,19 @@ def test_a_static_blend_is_not_resumed_in_another_order(train: Train, tmp_path: 
     assert "train iters: saved 4, now 6" in longer.output
 
 
+@pytest.mark.parametrize("part", ["ledger", "policy", "gradients_00000"])
 def test_a_damaged_sidecar_is_refused(
-    resume: Callable[..., Run], interrupted: tuple[Run, Path], tmp_path: Path
+    resume: Callable[..., Run], interrupted: tuple[Run, Path], tmp_path: Path, part: str
 ) -> None:
     copy = tmp_path / "checkpoints"
     shutil.copytree(interrupted[1], copy)
-    (ledger,) = copy.glob("iter_*/acodm/ledger.safetensors")
-    content = bytearray(ledger.read_bytes())
+    (file,) = copy.glob(f"iter_*/acodm/{part}.safetensors")
+    content = bytearray(file.read_bytes())
     content[-3] ^= 1
-    ledger.write_bytes(content)
+    file.write_bytes(content)
     resumed = resume(load=copy)
     assert resumed.code != 0
-    assert "ledger" in resumed.output
+    assert part in resumed.output
     assert "Traceback" not in resumed.output
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,18 +103,7 @@ class Recorder:
             report, mixing_seconds = step.mixing.report(), step.mixing.mixing_seconds
             loss = report.statistics.mean_loss
             domains, extra = mixing_metrics(self._mixer.domains, report)
-        writer.step(
-            step.iteration,
-            consumed_samples=self._run.samples_before(step.iteration),
-            lm_loss=loss,
-            step_time_s=step.seconds,
-            mixing_time_s=mixing_seconds,
-            domains=domains,
-            grad_norm=step.grad_norm,
-            learning_rate=step.learning_rate,
-            timing=step.timing,
-            **extra,
-        )
+        write_step(writer, self._run, step, loss, domains, extra)
         if step.iteration % args.log_interval == 0 or step.iteration == 1:
             tokens = step.num_samples * args.seq_length
             log(
@@ -138,10 +127,7 @@ class Recorder:
 
     def close(self) -> None:
         """Record the last step, unless it would have to be waited for, and close the files."""
-        step = self._unrecorded
-        if step is not None and step.mixing is not None and step.mixing.is_decided:
-            with contextlib.suppress(Exception):  # what ended the run is told elsewhere
-                self.flush()
+        record_if_decided(self._unrecorded, self.flush)
         if self._writer is not None:
             self._writer.close()
 
@@ -150,6 +136,36 @@ def log(message: str) -> None:
     """Print on rank 0."""
     if dist.get_rank() == 0:
         print(message, flush=True)
+
+
+def write_step(
+    writer: MetricsWriter,
+    run: RunShape,
+    step: FinishedStep,
+    loss: float,
+    domains: dict[str, dict[str, Any]],
+    extra: dict[str, Any],
+) -> None:
+    """Write the line of a step; ``domains`` and ``extra`` are those of ``mixing_metrics``."""
+    writer.step(
+        step.iteration,
+        consumed_samples=run.samples_before(step.iteration),
+        lm_loss=loss,
+        step_time_s=step.seconds,
+        mixing_time_s=step.mixing.mixing_seconds if step.mixing is not None else 0.0,
+        domains=domains,
+        grad_norm=step.grad_norm,
+        learning_rate=step.learning_rate,
+        timing=step.timing,
+        **extra,
+    )
+
+
+def record_if_decided(step: FinishedStep | None, flush: Callable[[], None]) -> None:
+    """At the end of a run: record its last step, unless that would have to be waited for."""
+    if step is not None and step.mixing is not None and step.mixing.is_decided:
+        with contextlib.suppress(Exception):  # what ended the run is told elsewhere
+            flush()
 
 
 def heaviest(weights: Mapping[str, float]) -> str:

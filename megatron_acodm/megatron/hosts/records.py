@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +10,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_acodm.megatron.mixer import Mixer
-from megatron_acodm.megatron.records import FinishedStep, heaviest, mixing_metrics
+from megatron_acodm.megatron.records import (
+    FinishedStep,
+    heaviest,
+    mixing_metrics,
+    record_if_decided,
+    write_step,
+)
 from megatron_acodm.metrics import MetricsWriter, RunInfo, write_run_info
 
 _SHOWN = ("weight", "loss", "reward")
@@ -76,23 +81,13 @@ class HostRecorder:
         shows = self._writer or self._tensorboard or self._wandb
         if step is None or step.mixing is None or not shows:
             return
-        report, mixing_seconds = step.mixing.report(), step.mixing.mixing_seconds
+        report = step.mixing.report()
         domains, extra = mixing_metrics(self._mixer.domains, report)
         if self._writer is not None:
-            self._writer.step(
-                step.iteration,
-                consumed_samples=self._mixer.run.samples_before(step.iteration),
-                lm_loss=report.statistics.mean_loss,
-                step_time_s=step.seconds,
-                mixing_time_s=mixing_seconds,
-                domains=domains,
-                grad_norm=step.grad_norm,
-                learning_rate=step.learning_rate,
-                timing=step.timing,
-                **extra,
-            )
+            loss = report.statistics.mean_loss
+            write_step(self._writer, self._mixer.run, step, loss, domains, extra)
         if step.iteration % (getattr(self._args, "tensorboard_log_interval", 1) or 1) == 0:
-            self._show(step.iteration, domains, mixing_seconds)
+            self._show(step.iteration, domains, step.mixing.mixing_seconds)
 
     def _show(
         self, iteration: int, domains: dict[str, dict[str, Any]], mixing_seconds: float
@@ -122,9 +117,6 @@ class HostRecorder:
 
     def close(self) -> None:
         """Record the last step, unless it would have to be waited for, and close the files."""
-        step = self._last
-        if step is not None and step.mixing is not None and step.mixing.is_decided:
-            with contextlib.suppress(Exception):  # what ended the run is told elsewhere
-                self.flush()
+        record_if_decided(self._last, self.flush)
         if self._writer is not None:
             self._writer.close()
