@@ -80,7 +80,7 @@ def _plots(run: Run) -> list[tuple[str, str, str]]:
         ),
         _domain_plot(
             run, "Rewards", run.rewards, static,
-            "Smoothed alignment of each domain’s gradient with the others’.",
+            "Smoothed alignment of each domain’s gradient with what the policy is to lower.",
             scale="asinh",
         ),
         _domain_plot(
