@@ -18,6 +18,7 @@ class AgentConfig:
     """What the mixture is to lower: one of OBJECTIVES.
 
     ``perplexity``: the mean of the domains' perplexities. ``loss``: the mean of their losses.
+    Both are weighted by the first mixture: a domain counts as much as ``initial_weights`` gives it.
     ``batch``: the loss of the batch as drawn, without a domain's part in its own; the paper's.
     """
 
@@ -33,11 +34,13 @@ class AgentConfig:
     critic_lr: float = 3e-4
     """Adam learning rate of the critic."""
 
-    prior_strength: float = 0.3
-    """lambda: the actor ascends Q - lambda KL(mixture || first mixture) (paper: 0).
+    prior_strength: float = 1.0
+    """lambda: the actor ascends Q - lambda KL(mixture || prior) (paper: 0).
 
-    Rewards are in standard deviations, so at 1 a domain whose reward is one above the mean is worth
-    e times its first share.
+    The prior is the mixture that descends on the objective: for ``perplexity`` the first mixture
+    times the domains' perplexities as they fall, for the others the first mixture. Rewards are in
+    standard deviations of one measurement, so at 1 a domain whose reward stays one above the mean
+    is worth e times its prior share.
     """
 
     gamma: float = 0.95
@@ -61,7 +64,7 @@ class AgentConfig:
     exploration_fraction: float = 0.02
     """Share of the run's steps that explore (paper: 833 of 41,667 steps)."""
 
-    reward_smoothing: float = 0.9
+    reward_smoothing: float = 0.97
     """xi in reward <- xi * reward + (1 - xi) * alignment, for each domain and step.
 
     A domain that is measured again after t steps takes xi^t.

@@ -23,7 +23,7 @@ STEPS = 300
 
 
 def _learned(steps: int = STEPS) -> AcodmPolicy:
-    agent = AgentConfig(objective="batch", prior_strength=0.0)  # what the toy rewards
+    agent = AgentConfig(objective="batch", prior_strength=0.0, reward_smoothing=0.9)
     config = MixingConfig(agent=agent)
     policy = build_policy(config, DOMAINS, np.ones(6), 4, steps, seed=0)
     play(MixingController(policy), ToyEnvironment(block_gram(6, 3), 0, steps))

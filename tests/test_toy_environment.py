@@ -17,7 +17,8 @@ from megatron_acodm.mixing.reward import RewardTracker
 STEPS = 300  # as short as the quickstart
 DOMAINS, HELPFUL = 6, 3  # the first three pull together, every other pair slightly apart
 FLOOR = 0.1 / DOMAINS
-PAPER = AgentConfig(objective="batch", prior_strength=0.0)  # the toy rewards interaction
+# The toy rewards interaction.
+PAPER = AgentConfig(objective="batch", prior_strength=0.0, reward_smoothing=0.9)
 BEST = np.array([(1 - 3 * FLOOR) / 3] * 3 + [FLOOR] * 3)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.agent import DDPGAgent
+from megatron_acodm.mixing.networks import FLOOR_MARGIN
 from megatron_acodm.mixing.objective import Objective
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
@@ -29,7 +30,8 @@ class AcodmPolicy(Policy):
 
     Each step it smooths the domains' alignments with its objective into rewards, stores the
     transition (state before, weights that drew the batch, rewards, state after), updates the agent
-    once the replay can fill a batch, and acts on the new state. Early in the run it explores:
+    once the replay can fill a batch, and acts on the new state. It departs from the mixture that
+    descends on the objective as far as the rewards give reason to. Early in the run it explores:
     normal noise on the weights, then back onto the bounded simplex.
     """
 
@@ -44,7 +46,7 @@ class AcodmPolicy(Policy):
         self._first_bounds = self.bounds  # wider ones may follow when domains are used up
         num_domains = len(setting.domains)
         self.encoder = StateEncoder(num_domains, setting.num_probes)
-        self.objective = Objective(self.config.objective, num_domains)
+        self.objective = Objective(self.config.objective, self.initial_weights)
         self.needs_affinity = self.objective.needs_affinity
         self.reward = RewardTracker(num_domains, self.config.reward_smoothing)
         seeds = np.random.SeedSequence(setting.seed).generate_state(3).tolist()
@@ -64,6 +66,8 @@ class AcodmPolicy(Policy):
 
     def decide(self, observation: Observation) -> np.ndarray:
         """Learn from one step; weights [K] for the next undecided one."""
+        self.objective.observe(observation.loss)
+        self.agent.lean_on(self.objective.mixture)
         rewards = self.reward.update(self.objective.alignment(observation), observation.weights)
         state = self.encoder.observe(observation)
         if self._previous is not None:
@@ -140,6 +144,7 @@ class AcodmPolicy(Policy):
         return SavedPolicy(
             domains=list(self.setting.domains),
             num_probes=self.setting.num_probes,
+            objective=self.config.objective,
             hidden_size=self.config.hidden_size,
             num_layers=self.config.num_layers,
             min_weight=float(self._first_bounds.floor.max()),
@@ -176,8 +181,7 @@ def _clipped_share(bounds: Bounds, point: np.ndarray, projected: np.ndarray) -> 
 def _bounds_and_prior(config: MixingConfig, setting: Setting) -> tuple[Bounds, np.ndarray]:
     """The rails, and the mixture [K] to start from: as configured, but a little above the floor.
 
-    A softmax cannot start at its floor and leave it, so the first mixture keeps a fortieth of the
-    way from there to uniform.
+    That little is what the actor needs to leave the floor (``Actor.lean_on``).
     """
     active = setting.active
     count = int(active.sum())
@@ -190,7 +194,7 @@ def _bounds_and_prior(config: MixingConfig, setting: Setting) -> tuple[Bounds, n
     if min_weight is None:  # to act below the lowest share would change nothing
         min_weight = max(0.1 / count, setting.lowest_share)
     bounds = Bounds.build(active, min_weight, config.max_weight)
-    above_floor = np.where(active, bounds.floor + (1.0 / count - bounds.floor) / 40.0, 0.0)
+    above_floor = np.where(active, bounds.floor + FLOOR_MARGIN * (1.0 / count - bounds.floor), 0.0)
     natural = config.initial_weights == "natural"
     wanted = natural_weights(setting.sizes) if natural else uniform_weights(active)
     return bounds, Bounds(above_floor, bounds.ceiling).project(wanted)

@@ -110,8 +110,8 @@ class Losses(NamedTuple):
 class DDPGAgent:
     """An actor that ascends the value that a critic learns from replayed transitions.
 
-    It ascends Q - lambda KL(mixture || prior): the more a mixture departs from the first one, the
-    more there must be to gain.
+    It ascends Q - lambda KL(mixture || prior): the more a mixture departs from the prior, the more
+    there must be to gain.
     """
 
     def __init__(
@@ -129,6 +129,11 @@ class DDPGAgent:
     def act(self, state: Tensor) -> np.ndarray:
         """The actor's mixture [K] float64 for a standardised ``state`` [S]."""
         return self.actor.network(state).double().numpy()
+
+    def lean_on(self, prior: np.ndarray) -> None:
+        """Judge and choose from another ``prior`` [K], also in what was replayed."""
+        self.actor.network.lean_on(prior)
+        self.actor.target.lean_on(prior)
 
     def restrict(self, bounds: Bounds) -> None:
         """Let the actor choose within other bounds from now on."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_acodm.config import MixingConfig
+from megatron_acodm.mixing.objective import Objective
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.rails import restricted
@@ -45,6 +46,7 @@ class FrozenPolicy(Policy):
         self._own_bounds = Bounds.build(active, low, high)
         self._actor = self._saved.build_actor(self._own_bounds)
         self.encoder = StateEncoder(len(self._order), setting.num_probes)
+        self.objective = Objective(self._saved.objective, self._saved.prior.numpy())
         start = torch.zeros(self.encoder.size)
         start[-1] = -1.0
         self._weights = self.initial_weights = self._act(start)
@@ -58,7 +60,10 @@ class FrozenPolicy(Policy):
 
     def decide(self, observation: Observation) -> np.ndarray:
         """The actor's weights [K] for the state after a step."""
-        state = self.encoder.observe(observation.in_order(self._order))
+        observation = observation.in_order(self._order)
+        self.objective.observe(observation.loss)
+        self._actor.lean_on(self.objective.mixture)
+        state = self.encoder.observe(observation)
         self._weights = self._act(self.encoder.standardize(state))
         return self._weights
 
@@ -69,7 +74,11 @@ class FrozenPolicy(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         """What the run has seen so far, and which actor decided."""
-        return {"encoder": self.encoder.state_dict(), "actor": dict(self._saved.actor)}
+        return {
+            "encoder": self.encoder.state_dict(),
+            "objective": self.objective.state_dict(),
+            "actor": dict(self._saved.actor),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``; raises ValueError if another actor had decided."""
@@ -82,6 +91,7 @@ class FrozenPolicy(Policy):
                 "the same file"
             )
         self.encoder.load_state_dict(state["encoder"])
+        self.objective.load_state_dict(state["objective"])
 
     @torch.no_grad()
     def _act(self, state: torch.Tensor) -> np.ndarray:

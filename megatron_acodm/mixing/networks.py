@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_acodm.mixing.simplex import Bounds
+from megatron_acodm.mixing.simplex import Bounds, uniform_weights
+
+FLOOR_MARGIN = 1.0 / 40.0
+"""Least share of the way from its floor to uniform that a domain has under any prior."""
 
 _ACTOR_HEAD_SCALE = 0.01
 """The actor's last layer starts this small, so that its first mixtures are the prior."""
@@ -26,7 +29,7 @@ def _mlp(inputs: int, hidden: int, layers: int, outputs: int, head_scale: float)
 
 
 class Actor(nn.Module):
-    """States [..., S] to mixtures [..., K] within the bounds.
+    """States [..., S] to mixtures [..., K] within the bounds, from a prior that may move.
 
     weights = floor + (1 - sum floor) * softmax(log prior + net(state)): the floor holds by
     construction, with a gradient everywhere, and the critic is only ever asked about mixtures that
@@ -34,7 +37,6 @@ class Actor(nn.Module):
     uniform one until it no longer does, which keeps the floor.
     """
 
-    log_share: Tensor
     log_prior: Tensor
     floor: Tensor
     uniform: Tensor
@@ -42,24 +44,34 @@ class Actor(nn.Module):
     def __init__(
         self, state_size: int, hidden_size: int, num_layers: int, prior: np.ndarray, bounds: Bounds
     ) -> None:
-        """``prior`` [K] is the first mixture; strictly above the floor, or a domain is stuck."""
+        """``prior`` [K] is the first mixture."""
         super().__init__()
         self.net = _mlp(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
-        share = np.maximum(prior - bounds.floor, 1e-9)
-        self.register_buffer("log_share", torch.from_numpy(np.log(share)).float(), persistent=False)
         for name in ("log_prior", "floor", "uniform"):
             self.register_buffer(name, torch.empty(len(prior)), persistent=False)
+        self._prior = prior
         self.restrict(bounds)
 
     def restrict(self, bounds: Bounds) -> None:
-        """Choose within ``bounds`` from now on; the shares of the first mixture stay in force."""
+        """Choose within ``bounds`` from now on."""
+        self.bounds = bounds
         self.spread = 1.0 - float(bounds.floor.sum())
         self.ceiling = float(bounds.ceiling.max())
-        active = torch.from_numpy(bounds.active)
-        # Log 0 for a masked domain: weight 0 whatever the network says.
-        self.log_prior.copy_(torch.where(active, self.log_share, -torch.inf))
         self.floor.copy_(torch.from_numpy(bounds.floor))
-        self.uniform.copy_(active / active.sum())
+        self.uniform.copy_(torch.from_numpy(uniform_weights(bounds.active)))
+        self.lean_on(self._prior)
+
+    def lean_on(self, prior: np.ndarray) -> None:
+        """Take another ``prior`` [K]: what the mixture is as long as the network says nothing.
+
+        A softmax cannot leave its floor, so each domain keeps at least a fortieth of the way from
+        there to uniform. A masked domain gets 0 whatever the network says.
+        """
+        self._prior = prior
+        active, floor = self.bounds.active, self.bounds.floor
+        share = np.maximum(prior - floor, FLOOR_MARGIN * (1.0 / active.sum() - floor))
+        log_share = np.log(share, where=active & (share > 0.0), out=np.full(len(prior), -np.inf))
+        self.log_prior.copy_(torch.from_numpy(log_share))
 
     def forward(self, states: Tensor) -> Tensor:
         """Mixtures [..., K] for standardised ``states`` [..., S]."""

@@ -1,4 +1,4 @@
-"""What the mixture is to lower, and from that how much a domain's gradient is worth."""
+"""What the mixture is to lower, the mixture that descends on it, and a gradient's worth for it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from megatron_acodm.mixing.observation import Observation
 _LOSS_SMOOTHING = 0.9
 """Share of the average that a step's loss leaves."""
 
+_LARGEST_FACTOR = 4.0
+"""A domain of a high loss counts for at most this often its first weight: a domain that cannot be
+learned (hashes, broken text) would else become the objective."""
+
 
 class Objective:
-    """Turns a step's measurements into the alignment w [K] that domains are rewarded for.
+    """A function F of the domains' losses that a run is to lower.
 
-    A step along g_i changes a function F of the domains' losses by -<g_i, sum_j c_j g_j> with
-    c_j = dF/dl_j. So, with c scaled to sum 1,
+    A step along g_i changes F by -<g_i, sum_j c_j g_j> with c_j = dF/dl_j. So, with c scaled to sum
+    1, training on the mixture c *is* descent on F, and <g_i, sum_j c_j g_j> is what a sample of
+    domain i is worth. With a the first mixture, which says how much each domain counts,
 
-    - ``perplexity``: F is the mean of the domains' perplexities, c_j is in proportion to exp(l_j);
-    - ``loss``: F is the mean of their losses, c_j = 1/K;
-    - ``batch``: c are the shares of the batch, and j = i is left out: the paper's reading.
+    - ``perplexity``: F = sum_j a_j exp(l_j), the mean perplexity, and
+      c_j ~ a_j exp(l_j), at most 4 a_j;
+    - ``loss``: F = sum_j a_j l_j, the mean loss; c = a;
+    - ``batch``: c are the shares of the batch, and j = i is left out: the paper's reading. No
+      mixture descends on it, so the first one takes that place.
 
     The first two use affinities, <g_i, m_j> with moving averages m_j; there j = i counts, as what a
     domain learns of itself is most of what it learns, and is measured without the bias of noise.
@@ -29,37 +36,48 @@ class Objective:
 
     Args:
         name: one of ``config.OBJECTIVES``.
-        num_domains: K.
+        first_mixture: [K] weights that sum to 1; 0 for a domain without data.
     """
 
-    def __init__(self, name: str, num_domains: int) -> None:
+    def __init__(self, name: str, first_mixture: np.ndarray) -> None:
         self.name = name
-        self._loss = np.full(num_domains, np.nan)
+        self._counts = first_mixture
+        self._loss = np.full(len(first_mixture), np.nan)
 
     @property
     def needs_affinity(self) -> bool:
         """Whether observations must carry affinities."""
         return self.name != "batch"
 
+    def observe(self, loss: np.ndarray) -> None:
+        """Take in a step's losses [K]; nan where a domain was not drawn."""
+        smoothed = _LOSS_SMOOTHING * self._loss + (1.0 - _LOSS_SMOOTHING) * loss
+        latest = np.where(np.isnan(loss), self._loss, loss)
+        self._loss = np.where(np.isnan(smoothed), latest, smoothed)
+
+    @property
+    def mixture(self) -> np.ndarray:
+        """The c [K] float64 at the losses seen so far; sums to 1."""
+        known = np.isfinite(self._loss) & (self._counts > 0.0)
+        if self.name != "perplexity" or not known.any():
+            return self._counts
+        filled = np.where(np.isfinite(self._loss), self._loss, self._loss[known].mean())
+        worth = self._counts * np.exp(filled - filled[known].max())
+        limit = _LARGEST_FACTOR * self._counts
+        mixture = worth / worth.sum()
+        while (mixture > limit).any():  # what is cut goes to the others, which may be cut next
+            cut = mixture >= limit
+            rest = 1.0 - limit[cut].sum()
+            mixture = np.where(cut, limit, rest * worth / worth[~cut].sum())
+        return mixture
+
     def alignment(self, observation: Observation) -> np.ndarray:
-        """The step's w [K] float64; nan where a domain was not drawn."""
+        """The w [K] float64 of a step whose losses were observed; nan for a domain not drawn."""
         if not self.needs_affinity:
             assert observation.alignment is not None  # the controller sees to it
             return observation.alignment
         assert observation.affinity is not None
-        return observation.affinity @ self._importance(observation.loss)
-
-    def _importance(self, loss: np.ndarray) -> np.ndarray:
-        """The c [K] after a step with these losses."""
-        smoothed = _LOSS_SMOOTHING * self._loss + (1.0 - _LOSS_SMOOTHING) * loss
-        latest = np.where(np.isnan(loss), self._loss, loss)
-        self._loss = np.where(np.isnan(smoothed), latest, smoothed)
-        known = np.isfinite(self._loss)
-        if self.name == "loss" or not known.any():
-            return np.full(len(loss), 1.0 / len(loss))
-        filled = np.where(known, self._loss, self._loss[known].mean())
-        perplexity = np.exp(filled - filled.max())
-        return perplexity / perplexity.sum()
+        return observation.affinity @ self.mixture
 
     def state_dict(self) -> dict[str, Any]:
         """The smoothed losses."""

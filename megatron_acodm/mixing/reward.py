@@ -24,10 +24,12 @@ class RewardTracker:
     first steps, and be drawn for them.
 
     Rewards are standardised over time by two running moments that all domains share: the mean of
-    the scalar r, and the mean squared deviation of the domains' rewards from it. So a step whose
-    domains all align better earns more, which standardising across the domains of each step would
-    hide, and sum_i a_i standardize(r)_i = standardize(r). Like the states, rewards are standardised
-    when they are used: transitions of any age that meet in a replay batch share one scale.
+    sum_i a_i w_i, and the mean squared deviation of the w_i from it. So a step whose domains all
+    align better earns more, which standardising across the domains of each step would hide, and
+    sum_i a_i standardize(r)_i = standardize(r). The unit is the spread of single measurements, not
+    that of their averages: where these are mostly noise, averaged rewards are small, and the less
+    is made of them. Like the states, rewards are standardised when they are used: transitions of
+    any age that meet in a replay batch share one scale.
     """
 
     def __init__(self, num_domains: int, smoothing: float) -> None:
@@ -61,10 +63,17 @@ class RewardTracker:
         if not share > 0.0:
             raise ValueError("no domain with a positive weight has a measured alignment yet")
         self.scalar = float(weights[known] @ self.rewards[known] / share)
-        filled = np.where(known, self.rewards, self.scalar)
-        deviation = float(weights @ (filled - self.scalar) ** 2)
-        self.moments.update(torch.tensor([self.scalar]), inner_variance=deviation)
-        return torch.from_numpy(filled).float()
+        self._update_moments(alignment, np.where(measured, weights, 0.0))
+        return torch.from_numpy(np.where(known, self.rewards, self.scalar)).float()
+
+    def _update_moments(self, alignment: np.ndarray, weights: np.ndarray) -> None:
+        drawn = weights > 0.0
+        if not drawn.any():
+            return
+        share, single = weights[drawn] / weights[drawn].sum(), alignment[drawn]
+        mean = float(share @ single)
+        deviation = float(share @ (single - mean) ** 2)
+        self.moments.update(torch.tensor([mean]), inner_variance=deviation)
 
     def standardize(self, rewards: Tensor) -> Tensor:
         """Raw ``rewards`` [..., K] on the scale the critic sees, clipped."""

@@ -14,11 +14,14 @@ from megatron_acodm.mixing.simplex import Bounds
 
 _KIND = "megatron_acodm policy"
 
-STATE_SCHEMA = "samples losses slopes norms changes progress; own running moments; 1"
+STATE_SCHEMA = (
+    "samples losses slopes norms changes progress; own running moments; prior by objective; 2"
+)
 """What the actor is shown, in order, and on which scale: see ``StateEncoder``.
 
 Every run standardises its features over its own recent past, as the run did that the actor learned
-in. So nothing of the proxy's scales has to fit the target's.
+in. So nothing of the proxy's scales has to fit the target's. The actor's prior is that of the
+proxy's objective for the losses of the run that it drives.
 """
 
 
@@ -28,6 +31,7 @@ class SavedPolicy:
 
     domains: list[str]  # K, in the order of every vector
     num_probes: int  # D
+    objective: str  # which gives the actor its prior, from the losses of the run that it drives
     hidden_size: int
     num_layers: int
     min_weight: float  # of a domain that can be drawn
