@@ -167,7 +167,9 @@ def write_config(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["policies_smoke.yaml", "policies_minipile.yaml"])
+@pytest.mark.parametrize(
+    "name", ["policies_smoke.yaml", "policies_minipile.yaml", "sensitivity_minipile.yaml"]
+)
 def test_shipped_configs_are_sound_and_validate_the_whole_split(corpus: Corpus, name: str) -> None:
     manifest = str(corpus.manifest)
     plan = load_tool().read_plan(CONFIGS / name, manifest, manifest)
