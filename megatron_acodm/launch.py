@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
+import platform
 import runpy
 import sys
 import warnings
@@ -11,10 +14,14 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from megatron_acodm.arguments import acodm_config, add_mixing_arguments
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.door import fail, rank, speak_once
+
+if TYPE_CHECKING:
+    from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_acodm.blending import DataExhausted
     from megatron_acodm.megatron.compat import UnsupportedHostError
 
+    if args.check is not None:
+        _check(args, Path(script), theirs)
+        return
     try:
         _launch(args, Path(script), theirs)
     except (ValueError, OSError, UnsupportedHostError, DataExhausted) as error:
@@ -48,6 +58,11 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--acodm-run-dir", type=Path, metavar="FOLDER",
                        help="for metrics.jsonl, which the report reads; default: acodm in the "
                        "script's --save or --tensorboard-dir")  # fmt: skip
+    parser.add_argument("--check", type=int, nargs="?", const=0, metavar="RANKS",
+                        help="check configuration, host, data, layout and checkpoint, and end "
+                        "without training; outside torchrun, for a job of this many ranks, by "
+                        "default those of WORLD_SIZE, else the fewest that the layout "
+                        "takes")  # fmt: skip
     return parser
 
 
@@ -75,22 +90,38 @@ def _config(args: Namespace) -> AcodmConfig | None:
     """
     if args.acodm_config is not None or args.acodm_policy is not None:
         return acodm_config(args)
-    given = [name for name, value in vars(args).items() if value not in (None, False)]
+    ours = {name: value for name, value in vars(args).items() if name.startswith("acodm_")}
+    given = [name for name, value in ours.items() if value not in (None, False)]
     if given:
         flag = "--" + given[0].replace("_", "-")
         raise ValueError(f"{flag} needs a policy: give --acodm-config or --acodm-policy as well")
     return None
 
 
-def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
-    config = _config(args)
-    misplaced = [word for word in theirs if word.startswith("--acodm-")]
+def _refuse_misplaced(script: Path, theirs: list[str]) -> None:
+    misplaced = [word for word in theirs if word.startswith("--acodm-") or word == "--check"]
     if misplaced:
         raise ValueError(f"{misplaced[0]} is a flag of the launcher: give it before {script.name}")
+
+
+def _become(script: Path, theirs: list[str]) -> None:
+    """Take the script's command line, and look for modules where Python would for it."""
     if not script.is_file():
         raise ValueError(f"the script {script} does not exist")
     sys.argv = [str(script), *theirs]
-    sys.path[0] = str(script.absolute().parent)  # as Python does for a script
+    sys.path[0] = str(script.absolute().parent)
+
+
+def _options(args: Namespace, config: AcodmConfig) -> LaunchOptions:
+    from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions
+
+    return LaunchOptions(config, args.acodm_run_dir, args.acodm_adopt, args.acodm_save_policy)
+
+
+def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
+    config = _config(args)
+    _refuse_misplaced(script, theirs)
+    _become(script, theirs)
     from megatron_acodm.megatron.hosts import cpu
 
     if cpu.runs_on_cpu(theirs):
@@ -103,11 +134,9 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
     if rank() != 0:  # Megatron warns of what is not installed; its scripts filter likewise
         warnings.filterwarnings("ignore", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
-    from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions, MegatronLM
+    from megatron_acodm.megatron.hosts.megatron_lm import MegatronLM
 
-    host = MegatronLM(
-        LaunchOptions(config, args.acodm_run_dir, args.acodm_adopt, args.acodm_save_policy)
-    )
+    host = MegatronLM(_options(args, config))
     with host.running():
         runpy.run_path(str(script), run_name="__main__")
     if not host.has_trained:
@@ -115,6 +144,47 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
             f"{script.name} ended without training in megatron.training's loop, so nothing was "
             "mixed; the launcher is for scripts that call its pretrain()"
         )
+
+
+def _check(args: Namespace, script: Path, theirs: list[str]) -> None:
+    """Print what would run, or all that is wrong; once a node, as its files are its own."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    import torch
+
+    from megatron_acodm.megatron.hosts import cpu
+    from megatron_acodm.megatron.hosts.check import Check, fewest_ranks
+    from megatron_acodm.megatron.hosts.preflight import Problems
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron_acodm").setLevel(logging.WARNING)
+    logging.getLogger("megatron").propagate = False  # the host's messages
+    logging.getLogger("megatron").addHandler(logging.NullHandler())
+    problems, options = Problems(), None
+    with problems.noted():
+        config = _config(args)
+        if config is None:
+            raise ValueError("--check needs a policy: give --acodm-config or --acodm-policy")
+        options = _options(args, config)
+    with problems.noted():
+        _refuse_misplaced(script, theirs)
+    told = args.check or os.environ.get("WORLD_SIZE")
+    ranks = int(told or fewest_ranks(theirs))
+    check = Check(options, problems)
+    with problems.noted():
+        _become(script, theirs)
+        if not torch.cuda.is_available():
+            # What cannot be imported, the check of the host's symbols will name.
+            with contextlib.suppress(ImportError):
+                cpu.prepare_megatron_lm()
+        check.run(script, ranks)
+    if problems.found:
+        where = "" if rank() == 0 else f" on {platform.node()}"
+        listed = "".join(f"\n- {problem}" for problem in problems.found)
+        fail(f"--check: {len(problems.found)} problem(s){where}:{listed}")
+    if rank() == 0:
+        guessed = "" if told else ", the fewest that its layout takes (--check RANKS for others)"
+        print(f"{check.plan}\n--check: all is well with {script.name} on {ranks} ranks{guessed}")
 
 
 def _set_up_logging() -> None:

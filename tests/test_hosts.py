@@ -65,7 +65,7 @@ class Script:
         domains = json.loads(corpus.manifest.read_text(encoding="utf-8"))["domains"]
         self.prefixes = [str(corpus.manifest.parent / domain["prefix"]) for domain in domains]
 
-    def provider(self) -> list[Any]:
+    def provider(self, sizes: list[int]) -> list[Any]:
         from megatron.core.datasets.blended_megatron_dataset_builder import (
             BlendedMegatronDatasetBuilder,
         )
@@ -84,11 +84,11 @@ class Script:
             split="80,10,10",
         )
         return BlendedMegatronDatasetBuilder(
-            GPTDataset, [32, 8, 8], lambda: True, config
+            GPTDataset, sizes, lambda: True, config
         ).build()  # fmt: skip
 
-    def __call__(self, options: LaunchOptions, **arguments: Any) -> MegatronLM:
-        """Run it under the launcher's patches; returns what drove it."""
+    def pretrain(self, **arguments: Any) -> None:
+        """The body of the script."""
         args = {
             "train_iters": 4, "train_samples": None, "global_batch_size": 8,
             "micro_batch_size": 2, "seq_length": SEQUENCE, "seed": 1234,
@@ -97,12 +97,17 @@ class Script:
             "save_interval": 2, "exit_interval": None, "iterations_to_skip": [],
             "rejected_iteration": None, "tensorboard_dir": None, "tensorboard_writer": None,
             "overwrites": False, "num_layers": 4, "hidden_size": 16, "num_attention_heads": 2,
-            "lr": 1e-2, **arguments,
+            "lr": 1e-2, "world_size": 1, "data_parallel_size": 1, **arguments,
         }  # fmt: skip
-        model = tiny_model(vocabulary=257)
+        self.host.pretrain(
+            Namespace(**args), self.provider, tiny_model(vocabulary=257), _forward_step
+        )
+
+    def __call__(self, options: LaunchOptions, **arguments: Any) -> MegatronLM:
+        """Run it under the launcher's patches; returns what drove it."""
         driver = MegatronLM(options)
         with driver.running():
-            self.host.pretrain(Namespace(**args), self.provider, model, _forward_step)
+            self.pretrain(**arguments)
         return driver
 
 
@@ -267,14 +272,14 @@ def test_only_data_that_is_used_up_is_an_error(
     assert (tmp_path / "c" / "iter_0000008" / "acodm").is_dir()
 
 
-def _few(provider: Callable[[], list[Any]]) -> list[Any]:
+def _few(provider: Callable[[list[int]], list[Any]], sizes: list[int]) -> list[Any]:
     """The data, whose ledger then holds 32 sequences a domain alone."""
     from megatron_acodm.megatron import builder
 
     original = builder._build_one_epoch
     builder._build_one_epoch = lambda *args: [_Shortened(dataset) for dataset in original(*args)]  # type: ignore[assignment]
     try:
-        return provider()
+        return provider(sizes)
     finally:
         builder._build_one_epoch = original
 

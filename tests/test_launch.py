@@ -106,18 +106,21 @@ class Launcher:
         length: tuple[str, ...] = ("--train-iters", str(STEPS)),
         environment: dict[str, str] | None = None,
         run_dir: Path | None = None,
+        check: int | None = None,
     ) -> Trained:
         self._count += 1
         run_dir = run_dir or self._folder / f"run{self._count}"
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nproc-per-node", str(processes)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        command = [sys.executable]
+        if check is None or processes > 1:
+            command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+            command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
         if policy is None:
             command += [str(REPOSITORY / "tests" / "unmixed_pretrain.py")]
             script = Path(str(CHECKOUT)) / "pretrain_gpt.py"
         else:
             command += ["-m", "megatron_acodm.launch", "--acodm-config", self._config]
             command += ["--acodm-policy", policy, "--acodm-run-dir", str(run_dir)]
+            command += [] if check is None else ["--check", str(check)]
             script = REPOSITORY / "tests" / "recorded_pretrain.py"
         result = subprocess.run(
             [*command, str(script), *MODEL, *length, *self._data, *arguments],
@@ -296,3 +299,50 @@ def test_what_does_not_work_ends_every_rank_with_one_message(launch: Launcher) -
     assert run.code != 0
     assert run.output.count("error: rank") == 1
     assert "--dataloader-type is 'cyclic'" in run.output
+
+
+# Without training -----------------------------------------------------------------------------
+
+
+def test_a_check_tells_what_would_run_and_leaves_nothing(
+    launch: Launcher, undisturbed: Trained, saved: Path, tmp_path: Path
+) -> None:
+    save, files = str(tmp_path / "new"), sorted(saved.rglob("*"))
+    fresh = launch("--save", save, "--tensorboard-dir", save, check=8, run_dir=tmp_path / "run")
+    assert fresh.code == 0, fresh.output
+    assert "data 8" in fresh.output and "it starts from scratch" in fresh.output
+    drawn = {name: entry["samples"] for name, entry in undisturbed.steps[0]["domains"].items()}
+    for name, samples in drawn.items():
+        assert re.search(rf"{re.escape(name)} .* 33.33% +{samples} ", fresh.output), fresh.output
+    assert not list(tmp_path.iterdir())
+    load = ("--load", str(saved), "--ckpt-step", "4")
+    resumed = launch(*load, "--save", str(saved), processes=2, check=0)
+    assert resumed.code == 0, resumed.output
+    assert "after step 4 of" in resumed.output and "with its policy" in resumed.output
+    assert "domain" in resumed.output and resumed.output.count("--check: all is well") == 1
+    assert sorted(saved.rglob("*")) == files
+
+
+def test_a_check_names_all_that_is_wrong(launch: Launcher, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = launch(
+        *("--dataloader-type", "cyclic", "--save", str(tmp_path / "file" / "checkpoints")),
+        *("--load", str(saved), "--ckpt-step", "4", "--seed", "8"),
+        check=1,
+    )
+    assert run.code == 1
+    assert "--check: 3 problem(s)" in run.output, run.output
+    for named in ("--dataloader-type is 'cyclic'", "cannot be written: Not a directory",
+                  "seed: saved 7, now 8"):  # fmt: skip
+        assert named in run.output
+    refused = launch(
+        *("--num-attention-heads", "5", "--dataloader-type", "cyclic"),
+        *("--data-path", str(tmp_path / "nothing")),
+        check=1,
+    )
+    assert refused.code == 1
+    assert "fails with AssertionError" in refused.output, refused.output
+    assert "nothing.idx does not exist" in refused.output, refused.output
+    assert "--dataloader-type is 'cyclic'" in refused.output
+    unknown = launch("--no-such-flag", check=1)
+    assert unknown.code == 1 and "unrecognized arguments: --no-such-flag" in unknown.output

@@ -128,7 +128,7 @@ def _agree_on_data(
 
 def _described(dataset: Any) -> tuple[int, int] | None:
     """Sequences an epoch and checksum of a domain's data; None where it is not built."""
-    return None if dataset is None else (len(dataset), _checksum(dataset))
+    return None if dataset is None else (len(dataset), checksum_of(dataset))
 
 
 def _refuse_other_data(mine: list[Any], rank_0s: list[Any], names: list[str]) -> None:
@@ -148,7 +148,7 @@ def _refuse_other_data(mine: list[Any], rank_0s: list[Any], names: list[str]) ->
         )
 
 
-def _checksum(dataset: Any) -> int:
+def checksum_of(dataset: Any) -> int:
     """Checksum of the heads of a few documents: enough to notice that other data took its place."""
     indices = dataset.indices  # of the split's documents in the file
     checksum = zlib.crc32(str(len(indices)).encode())

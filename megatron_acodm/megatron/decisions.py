@@ -246,15 +246,20 @@ class Decisions:
         }
         return json.loads(json.dumps(fingerprint))  # as it will be read back
 
-    def continue_from(self, consumed_samples: int, control: dist.ProcessGroup) -> None:
+    def continue_from(self, consumed_samples: int, control: dist.ProcessGroup | None) -> None:
         """Decide what is not decided yet after ledger and policy were restored; collective.
 
         That is nothing, unless the run was saved when its data was used up, or has other data now.
+
+        Args:
+            consumed_samples: sequences drawn so far.
+            control: of all ranks; None where one process looks at what a run would do.
         """
         weights = np.zeros(len(self.domains))
         if self.controller is not None:
             weights = self.controller.weights_to_resume_with()
-        self._append_ahead(consumed_samples, self._agree_on(weights, control))
+        agreed = weights if control is None else self._agree_on(weights, control)
+        self._append_ahead(consumed_samples, agreed)
 
 
 def _rank() -> int:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_acodm.blending import adopt as adopt_ledger
 from megatron_acodm.files import write_atomically
+from megatron_acodm.megatron.decisions import Decisions
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.mixing.serialization import load_state, save_state
 
@@ -74,20 +75,44 @@ def load_sidecar(
     """
     folder = Path(checkpoint_dir) / FOLDER
     consumed = mixer.run.samples_before(iteration)
+    ledger = mixer.ledger  # not before all that follows from a last step is in it
     if not folder.is_dir():
         logger.warning(
             "%s has no folder %r: the policy starts afresh, and every domain at its first sequence",
             checkpoint_dir,
             FOLDER,
         )
-        mixer.ledger.restart_at(iteration, consumed, [0] * len(mixer.domains), 0)
+        ledger.restart_at(iteration, consumed, [0] * len(mixer.domains), 0)
         mixer.continue_from(consumed)
         return False
+    description = restore_decisions(mixer.decisions, folder, iteration, consumed, adopt=adopt)
+    same_domains = mixer.domains == list(description["fingerprint"]["domains"])
+    if mixer.averages is not None and same_domains:
+        _load_averages(mixer, folder, description.get("model_parallel"))
+    mixer.continue_from(consumed)
+    return True
+
+
+def restore_decisions(
+    decisions: Decisions, folder: Path, iteration: int, consumed: int, *, adopt: bool
+) -> dict[str, Any]:
+    """Restore ledger and policy from a sidecar; returns its description.
+
+    Args:
+        decisions: of this run.
+        folder: the sidecar.
+        iteration: steps that it was saved after.
+        consumed: sequences of those steps.
+        adopt: see ``load_sidecar``.
+
+    Raises:
+        ValueError: when the sidecar is damaged, or of a run that differs.
+    """
     try:
         with open(folder / "acodm.json", encoding="utf-8") as file:
             description = json.load(file)
         version, saved_iteration = description.get("format"), description["iteration"]
-        saved, layout = description["fingerprint"], description.get("model_parallel")
+        saved = description["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'acodm.json'} is damaged: {error}") from error
     if version != FORMAT:
@@ -97,26 +122,23 @@ def load_sidecar(
         )
     if saved_iteration != iteration:
         raise ValueError(f"{folder} is of iteration {saved_iteration}, not of {iteration}")
-    current = mixer.fingerprint()
+    current = decisions.fingerprint()
     accepted = {"domains", "mixing.weights"} if adopt else set()
-    refuse_differences(checkpoint_dir, saved, current, except_for=accepted)
+    refuse_differences(folder.parent, saved, current, except_for=accepted)
     ledger, policy = load_state(folder / "ledger"), folder / "policy"
     domains, saved_domains = current["domains"], saved["domains"]
     if list(domains.items()) == list(saved_domains.items()):
-        mixer.ledger.load_state_dict(ledger)
+        decisions.ledger.load_state_dict(ledger)
     else:
         kept = [name for name in domains if domains[name] == saved_domains.get(name)]
-        adopt_ledger(mixer.ledger, ledger, consumed, kept)
+        adopt_ledger(decisions.ledger, ledger, consumed, kept)
         _tell_adoption(saved_domains, domains, kept)
-    if mixer.controller is not None and list(domains) == list(saved_domains):
-        mixer.controller.load_state_dict(load_state(policy))
-    if mixer.averages is not None and list(domains) == list(saved_domains):
-        _load_averages(mixer, folder, layout)
-    mixer.continue_from(consumed)
-    return True
+    if decisions.controller is not None and list(domains) == list(saved_domains):
+        decisions.controller.load_state_dict(load_state(policy))
+    return description
 
 
-def _load_averages(mixer: Mixer, folder: Path, layout: list[int]) -> None:
+def _load_averages(mixer: Mixer, folder: Path, layout: list[int] | None) -> None:
     """Take each rank's averages, unless any rank holds another part of the model now."""
     assert mixer.averages is not None
     state: dict[str, Any] = {}

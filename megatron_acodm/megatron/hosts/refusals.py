@@ -27,7 +27,7 @@ def _none(value: Any) -> bool:
 
 _ALWAYS: tuple[_Problem, ...] = (
     (
-        "dataloader_type", lambda value: value != "single",
+        "dataloader_type", lambda value: value not in (None, "single"),
         "samples are decided as training goes, so they must be drawn in order",
         "use --dataloader-type single",
     ),
@@ -77,21 +77,17 @@ _OF_GRADIENTS: tuple[_Problem, ...] = (
 """Under policies that compare gradients."""
 
 
-def refuse_unsupported(args: Namespace, config: AcodmConfig) -> None:
-    """Refuse arguments under which an online policy would not work, all at once.
+def unsupported(args: Any, config: AcodmConfig | None) -> list[str]:
+    """What of a run's arguments an online policy would not work with: a line each, with a remedy.
 
     Args:
         args: Megatron-LM's, validated. Those that a version does not have are passed over.
-        config: of the policy.
-
-    Raises:
-        ValueError: naming each, why, and what to do.
+        config: of the policy; None: what no policy works with.
     """
-    policy = config.mixing.policy
-    problems = _ALWAYS + (_OF_GRADIENTS if POLICIES[policy].needs_alignment else ())
+    compares = config is not None and POLICIES[config.mixing.policy].needs_alignment
     found = [
         f"--{name.replace('_', '-')} is {getattr(args, name)!r}: {reason}; {remedy}"
-        for name, is_refused, reason, remedy in problems
+        for name, is_refused, reason, remedy in _ALWAYS + (_OF_GRADIENTS if compares else ())
         if hasattr(args, name) and is_refused(getattr(args, name))
     ]
     if "full_iteration" in str(getattr(args, "cuda_graph_scope", "")):
@@ -99,9 +95,22 @@ def refuse_unsupported(args: Namespace, config: AcodmConfig) -> None:
     for name in ("save", "load"):
         if "://" in str(getattr(args, name, None)):
             found.append(f"--{name} must be a folder, so that the policy is saved in it")
-    if found:
+    return found
+
+
+def refuse_unsupported(args: Namespace, config: AcodmConfig) -> None:
+    """Refuse arguments under which an online policy would not work, all at once.
+
+    Args:
+        args: Megatron-LM's, validated.
+        config: of the policy.
+
+    Raises:
+        ValueError: naming each, why, and what to do.
+    """
+    if found := unsupported(args, config):
         raise ValueError(
-            f"policy {policy!r} does not work with these arguments of the script:\n  "
+            f"policy {config.mixing.policy!r} does not work with these arguments of the script:\n  "
             + "\n  ".join(found)
         )
 

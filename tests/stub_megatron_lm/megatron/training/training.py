@@ -25,20 +25,25 @@ def print_rank_last(message):
     print(message)
 
 
-def initialize_megatron(args):
+def initialize_megatron(args, allow_no_cuda=False, skip_mpu_initialization=False):
+    assert args.hidden_size % args.num_attention_heads == 0
     global_vars.args = args
+
+
+def update_train_iters(args):
+    args.train_iters = args.train_iters or args.train_samples // args.global_batch_size
 
 
 def setup_model_and_optimizer(model):
     args = get_args()
-    args.train_iters = args.train_iters or args.train_samples // args.global_batch_size
+    update_train_iters(args)
     args.iteration = load_checkpoint(model, None, None) if args.load else 0
     return model.chunks, model.optimizer, model.scheduler
 
 
 def build_train_valid_test_data_loaders(build_train_valid_test_datasets_provider):
     args = get_args()
-    train, _, _ = build_train_valid_test_datasets_provider()
+    train, _, _ = build_train_valid_test_datasets_provider([32, 8, 8])
     batches = range(args.consumed_train_samples, len(train), args.micro_batch_size)
     sampler = [list(range(first, first + args.micro_batch_size)) for first in batches]
     return torch.utils.data.DataLoader(train, batch_sampler=sampler), None, None
@@ -121,10 +126,10 @@ def train(forward_step_func, model, optimizer, opt_param_scheduler, iterator, co
     return iteration
 
 
-def pretrain(args, provider, model, forward_step_func):
+def pretrain(args, train_valid_test_dataset_provider, model, forward_step_func):
     initialize_megatron(args)
     chunks, optimizer, scheduler = setup_model_and_optimizer(model)
-    iterator = build_train_valid_test_data_iterators(provider)
+    iterator = build_train_valid_test_data_iterators(train_valid_test_dataset_provider)
     config = get_model_config(chunks[0])
     iteration = train(forward_step_func, chunks, optimizer, scheduler, iterator, config)
     if args.save and iteration != 0 and iteration % args.save_interval != 0:
