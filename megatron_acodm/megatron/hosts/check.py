@@ -22,7 +22,12 @@ from megatron_acodm.megatron import patches
 from megatron_acodm.megatron.builder import training_blend
 from megatron_acodm.megatron.compat import UnsupportedHostError, host_symbol
 from megatron_acodm.megatron.hosts import preflight
-from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions, MegatronLM, run_shape
+from megatron_acodm.megatron.hosts.megatron_lm import (
+    LaunchOptions,
+    MegatronLM,
+    checkpoint_folder,
+    run_shape,
+)
 from megatron_acodm.megatron.hosts.records import default_run_dir
 from megatron_acodm.megatron.hosts.refusals import refuse_unshared_data, unsupported
 from megatron_acodm.megatron.run import RunShape
@@ -272,8 +277,8 @@ def _checkpoint(args: Namespace) -> preflight.Checkpoint | None:
     """
     if not args.load or getattr(args, "finetune", False):
         return None
-    checkpointing = "megatron.training.checkpointing"
-    tracker = Path(host_symbol(f"{checkpointing}.get_checkpoint_tracker_filename")[2](args.load))
+    path = "megatron.training.checkpointing.get_checkpoint_tracker_filename"
+    tracker = Path(host_symbol(path)[2](args.load))
     iteration = getattr(args, "ckpt_step", None)
     if not iteration:
         if not tracker.is_file():
@@ -286,8 +291,7 @@ def _checkpoint(args: Namespace) -> preflight.Checkpoint | None:
         if not text.isdigit():
             raise ValueError(f"{tracker} holds {text!r}, not the number of a step")
         iteration = int(text)
-    name = host_symbol(f"{checkpointing}.get_checkpoint_name")[2]
-    return preflight.Checkpoint(Path(name(args.load, iteration, return_base_dir=True)), iteration)
+    return preflight.Checkpoint(checkpoint_folder(Path(args.load), iteration), iteration)
 
 
 @contextlib.contextmanager

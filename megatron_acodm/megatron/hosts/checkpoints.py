@@ -1,4 +1,4 @@
-"""The policy's sidecar within Megatron-LM's own checkpoints, as they are saved and loaded.
+"""The policy's sidecar within a host's own checkpoints, as they are saved and loaded.
 
 Rank 0 writes the sidecar under a temporary name, while nothing of the checkpoint is there yet, and
 renames it into the checkpoint's folder right before the host announces it. A crash at any moment
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_acodm.files import sync
-from megatron_acodm.megatron.compat import host_symbol
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.sidecar import FOLDER, load_sidecar, save_sidecar
 
@@ -27,34 +25,32 @@ class CheckpointLifeCycle:
     """One run's saves and its load.
 
     Args:
-        args: Megatron-LM's.
+        host: its name, for messages.
+        folder_of: the folder of an iteration's checkpoint, from the root and the iteration.
     """
 
-    def __init__(self, args: Namespace) -> None:
-        self._args = args
+    def __init__(self, host: str, folder_of: Callable[[Path, int], Path]) -> None:
+        self._host, self._folder_of = host, folder_of
         self._staged: tuple[Path, Path] | None = None
         self.loaded_from: str | None = None
         """The file or folder that the host has read the model from."""
 
     @contextlib.contextmanager
-    def saving(self, mixer: Mixer, iteration: int) -> Iterator[None]:
-        """Around the host's save of an iteration; collective."""
-        get_checkpoint_name = host_symbol("megatron.training.checkpointing.get_checkpoint_name")[2]
-        root = Path(self._args.save)
+    def saving(self, mixer: Mixer, root: Path, iteration: int) -> Iterator[None]:
+        """Around the host's save of an iteration to a folder of ``root``; collective."""
         staging = root / _STAGING
         if dist.get_rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         save_sidecar(mixer, staging, iteration)
         if dist.get_rank() == 0:
-            folder = get_checkpoint_name(str(root), iteration, return_base_dir=True)
-            self._staged = staging, Path(folder)
+            self._staged = staging, self._folder_of(root, iteration)
         try:
             yield
             if self._staged is not None:
                 raise RuntimeError(
-                    f"Megatron-LM saved iteration {iteration} without asking for its tracker file, "
-                    "so the policy was not saved with it; this version is not supported"
+                    f"{self._host} saved iteration {iteration} without asking for its tracker "
+                    "file, so the policy was not saved with it; this version is not supported"
                 )
         finally:
             self._staged = None
@@ -74,26 +70,31 @@ class CheckpointLifeCycle:
         shutil.rmtree(aside, ignore_errors=True)
         staging.rmdir()
 
-    def restore(self, mixer: Mixer, *, adopt: bool) -> None:
+    def restore(self, mixer: Mixer, iteration: int, consumed: int, *, adopt: bool) -> None:
         """Go on where the checkpoint that the host has loaded was saved; collective.
+
+        Args:
+            mixer: of this run.
+            iteration: steps that it was saved after.
+            consumed: sequences that were drawn in them.
+            adopt: accept other domains, or other data of theirs.
 
         Raises:
             ValueError: when its sidecar is damaged or of a run that differs, or batch sizes were
                 other ones.
         """
-        args = self._args
-        planned = mixer.run.samples_before(args.iteration)
-        if args.consumed_train_samples != planned:
+        planned = mixer.run.samples_before(iteration)
+        if consumed != planned:
             raise ValueError(
-                f"the checkpoint of iteration {args.iteration} was saved after "
-                f"{args.consumed_train_samples} sequences, with the batch sizes given now it would "
+                f"the checkpoint of iteration {iteration} was saved after "
+                f"{consumed} sequences, with the batch sizes given now it would "
                 f"be {planned}; give those that it was saved with"
             )
         path = Path(self.loaded_from or "")
         folders = [p for p in (path, *path.parents) if p.name.startswith("iter_")]
         if not folders:
             raise ValueError(
-                f"the host has loaded iteration {args.iteration} from {self.loaded_from}, which is "
+                f"the host has loaded iteration {iteration} from {self.loaded_from}, which is "
                 "no folder of a checkpoint; an online policy cannot go on from it"
             )
         if dist.get_rank() == 0:
@@ -101,7 +102,7 @@ class CheckpointLifeCycle:
             if aside.is_dir() and not (folders[0] / FOLDER).is_dir():  # killed between two renames
                 aside.rename(folders[0] / FOLDER)
         dist.barrier()
-        load_sidecar(mixer, folders[0], args.iteration, adopt=adopt)
+        load_sidecar(mixer, folders[0], iteration, adopt=adopt)
 
 
 def _set_aside(folder: Path) -> Path:
