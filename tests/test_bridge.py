@@ -138,7 +138,7 @@ class Pretrain:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=180,
+            timeout=300,
         )  # fmt: skip
         return Trained(result.returncode, result.stdout, run_dir)
 
