@@ -229,16 +229,17 @@ def test_a_crash_before_a_checkpoint_is_announced_resumes_bit_for_bit(
 def test_an_asynchronous_save_and_retention(
     pretrain: Pretrain, undisturbed: Trained, tmp_path: Path
 ) -> None:
-    saving, run_dir = [*_saving(tmp_path), "checkpoint.save_interval=2"], tmp_path / "metrics"
+    saving, run_dir = _saving(tmp_path), tmp_path / "metrics"
     first = pretrain(
-        *saving, "train.exit_interval=4", "checkpoint.most_recent_k=1",
+        *saving, "checkpoint.save_interval=4", "train.exit_interval=4",
         environment={"ASYNC": "1"}, run_dir=run_dir,
     )  # fmt: skip
     assert first.code == 0, first.output
-    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000004"]
-    resumed = pretrain(*saving, run_dir=run_dir)
+    assert (tmp_path / "iter_0000004" / "acodm").is_dir()
+    resumed = pretrain(*saving, "checkpoint.most_recent_k=1", run_dir=run_dir)
     assert resumed.code == 0, resumed.output
     assert resumed.steps == undisturbed.steps
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000006"]
 
 
 def test_our_checkpoints_load_without_us_and_plain_ones_with_us(
