@@ -15,6 +15,8 @@ from types import TracebackType
 from megatron_acodm.arguments import acodm_config, add_mixing_arguments
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.door import fail, rank, speak_once
+from megatron_acodm.job_file import ARGUMENTS, MEGATRON_LM, read_arguments
+from megatron_acodm.megatron.hosts.manifests import expand_manifests
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,6 +84,14 @@ def _config(args: Namespace) -> AcodmConfig | None:
     return None
 
 
+def _script_arguments(args: Namespace, given: Sequence[str]) -> list[str]:
+    """The script's arguments: the job file's, and those that were given, which win."""
+    in_file: list[str] = []
+    if args.acodm_config is not None:
+        in_file = read_arguments(args.acodm_config, [ARGUMENTS, MEGATRON_LM])
+    return expand_manifests([*in_file, *given])
+
+
 def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
     config = _config(args)
     misplaced = [word for word in theirs if word.startswith("--acodm-")]
@@ -89,6 +99,7 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
         raise ValueError(f"{misplaced[0]} is a flag of the launcher: give it before {script.name}")
     if not script.is_file():
         raise ValueError(f"the script {script} does not exist")
+    theirs = _script_arguments(args, theirs)
     sys.argv = [str(script), *theirs]
     sys.path[0] = str(script.absolute().parent)  # as Python does for a script
     from megatron_acodm.megatron.hosts import cpu

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_acodm.arguments import acodm_config, build_parser, check_arguments, check_batch
 from megatron_acodm.door import fail, rank, speak_once
+from megatron_acodm.job_file import ARGUMENTS, config_file, read_arguments
 
 if TYPE_CHECKING:
     from megatron_acodm.megatron.trainer import Trainer
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says; exits non-zero with one message when it cannot."""
-    args = _parse(build_parser(), arguments)
+    args = _parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
     level = logging.INFO if rank() == 0 else logging.ERROR
     logging.basicConfig(level=max(level, logging.WARNING), format="%(levelname)s: %(message)s")
     logging.getLogger("megatron_acodm").setLevel(level)
@@ -72,9 +73,15 @@ def _set_up(args: Namespace) -> Trainer:
     return Trainer(args, config, resolve_sources(args))
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """The arguments of the job file, which those of the command line come after and override."""
     speak_once(parser)
-    return parser.parse_args(arguments)
+    file = config_file(arguments)
+    try:
+        in_file = read_arguments(file, [ARGUMENTS]) if file else []
+    except ValueError as error:
+        fail(f"error: rank {rank()}: {error}")
+    return parser.parse_args([*in_file, *arguments])
 
 
 if __name__ == "__main__":
