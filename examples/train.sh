@@ -33,6 +33,8 @@ fi
 processes=${PROCESSES:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Else the store that trainers meet in outlives a restart, and they find addresses of the start before.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # What torchrun gives the trainers after SIGTERM, to save and exit; its own default is 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 

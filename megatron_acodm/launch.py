@@ -119,8 +119,13 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
     host = MegatronLM(
         LaunchOptions(config, args.acodm_run_dir, args.acodm_adopt, args.acodm_save_policy)
     )
-    with host.running():
-        runpy.run_path(str(script), run_name="__main__")
+    try:
+        with host.running():
+            runpy.run_path(str(script), run_name="__main__")
+    except BaseException as error:
+        if message := host.explain_lost_rank(error):
+            fail(f"error: rank {rank()}: {message}")
+        raise
     if not host.has_trained:
         raise ValueError(
             f"{script.name} ended without training in megatron.training's loop, so nothing was "

@@ -29,15 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_acodm.blending import DataExhausted
     from megatron_acodm.megatron.compat import UnsupportedHostError
 
+    trainer, ended_early = None, ""
     try:
-        trainer = _set_up(args)
-    except (ValueError, OSError, UnsupportedHostError) as error:
-        fail(f"error: rank {rank()}: {error}")
-    ended_early = ""
-    try:
+        try:
+            trainer = _set_up(args)
+        except (ValueError, UnsupportedHostError) as error:
+            fail(f"error: rank {rank()}: {error}")
         trainer.train()
     except DataExhausted as error:  # on every rank, after the last checkpoint
         ended_early = f"error: {error}"
+    except OSError as error:
+        fail(f"error: rank {rank()}: {error}")
+    except BaseException as error:
+        _end_if_a_rank_is_lost(error, args, trainer)
+        raise
     if rank() == 0:
         from megatron_acodm.report import closing_table
 
@@ -48,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.distributed.barrier()  # so that no early exit makes torchrun end who still prints
     torch.distributed.destroy_process_group()
     sys.exit(bool(ended_early))
+
+
+def _end_if_a_rank_is_lost(error: BaseException, args: Namespace, trainer: Trainer | None) -> None:
+    from megatron_acodm.megatron.failures import explain_lost_rank, lost_rank
+
+    if (said := lost_rank(error)) is None:
+        return
+    minutes, iteration = args.distributed_timeout_minutes, trainer.iteration if trainer else 0
+    fail(f"error: rank {rank()}: {explain_lost_rank(said, minutes, args.save, iteration)}")
 
 
 def _set_up(args: Namespace) -> Trainer:

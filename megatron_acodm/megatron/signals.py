@@ -24,17 +24,17 @@ class ExitSignal:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._came = False
+        self._is_noted = False
         self._message = torch.zeros(1, dtype=torch.int32)
         self._sum: Any = None
         self._before = signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came = True
+        self._is_noted = True
 
     def begin_step(self) -> None:
         """Tell the others what is known so far; collective."""
-        self._message.fill_(int(self._came))
+        self._message.fill_(int(self._is_noted))
         self._sum = dist.all_reduce(self._message, group=self._group, async_op=True)
 
     def came(self) -> bool:

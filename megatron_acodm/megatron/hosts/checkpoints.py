@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_acodm.files import sync
-from megatron_acodm.megatron.compat import host_symbol
+from megatron_acodm.megatron.compat import UnsupportedHostError, host_symbol
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.sidecar import FOLDER, load_sidecar, save_sidecar
 
@@ -52,7 +52,7 @@ class CheckpointLifeCycle:
         try:
             yield
             if self._staged is not None:
-                raise RuntimeError(
+                raise UnsupportedHostError(
                     f"Megatron-LM saved iteration {iteration} without asking for its tracker file, "
                     "so the policy was not saved with it; this version is not supported"
                 )

@@ -27,6 +27,8 @@ from megatron_acodm.megatron.compat import (
     check_host_version,
     host_symbol,
 )
+from megatron_acodm.megatron.failures import explain_lost_rank, lost_rank, naming_failed_save
+from megatron_acodm.megatron.groups import set_timeout
 from megatron_acodm.megatron.hosts.checkpoints import CheckpointLifeCycle
 from megatron_acodm.megatron.hosts.records import HostRecorder, default_run_dir
 from megatron_acodm.megatron.hosts.refusals import refuse_unshared_data, refuse_unsupported
@@ -149,6 +151,7 @@ class MegatronLM:
         def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             refuse_unsupported(self._args, self.options.config)
+            set_timeout(self._args.distributed_timeout_minutes)
             return result
 
         return initialize_megatron
@@ -295,7 +298,10 @@ class MegatronLM:
             self._recorder.flush()  # a resumed run keeps the lines up to here
             if self.options.save_policy:
                 save_learned_policy(mixer, self.options.save_policy, self._args, iteration)
-            with self._checkpoints.saving(mixer, iteration):
+            with (
+                naming_failed_save(self._args.save, iteration),
+                self._checkpoints.saving(mixer, iteration),
+            ):
                 return original(*args, **kwargs)
 
         return save_checkpoint
@@ -353,6 +359,14 @@ class MegatronLM:
                 f"training ended after step {self._last_iteration} of {mixer.run.train_iters}: "
                 f"{mixer.exhausted}"
             )
+
+    def explain_lost_rank(self, error: BaseException) -> str | None:
+        """The message on a rank that is gone, if that is why the script ended."""
+        if self.mixer is None or (said := lost_rank(error)) is None:
+            return None
+        args = self._args
+        minutes = args.distributed_timeout_minutes
+        return explain_lost_rank(said, minutes, args.save, self._last_iteration)
 
     @property
     def has_trained(self) -> bool:
