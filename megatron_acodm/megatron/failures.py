@@ -16,7 +16,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's file with the number of the last whole checkpoint."""
 
 _SIGNS = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|socket (closed|error|timeout)"
+    r"connection (closed|reset|refused)|pair closure|broken pipe|socket (closed|error|timeout)"
     r"|timed out waiting|wait timeout|failed to recv|could not receive|remote process exited",
     re.IGNORECASE,
 )
