@@ -89,7 +89,7 @@ def _script_arguments(args: Namespace, given: Sequence[str]) -> list[str]:
     in_file: list[str] = []
     if args.acodm_config is not None:
         in_file = read_arguments(args.acodm_config, [ARGUMENTS, MEGATRON_LM])
-    return expand_manifests([*in_file, *given])
+    return [*in_file, *given]
 
 
 def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
@@ -105,7 +105,8 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
     from megatron_acodm.megatron.hosts import cpu
 
     if cpu.runs_on_cpu(theirs):
-        cpu.prepare_megatron_lm()
+        cpu.prepare_megatron_lm()  # before anything of Megatron is imported, as by a manifest
+    sys.argv[1:] = expand_manifests(theirs)
     if config is None:
         if rank() == 0:
             print("megatron-acodm: no policy, the script runs as it is", flush=True)

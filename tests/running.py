@@ -33,7 +33,12 @@ class Running:
         with open(log, "wb") as file:
             self._process = subprocess.Popen(
                 [*map(str, command)],
-                env={**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment, **dict([self._mark])},
+                env={
+                    **ENVIRONMENT,
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                    **environment,
+                    **dict([self._mark]),
+                },
                 cwd=REPOSITORY,
                 stdout=file,
                 stderr=subprocess.STDOUT,

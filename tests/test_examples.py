@@ -18,6 +18,7 @@ from torch.distributed.run import get_args_parser
 from megatron_acodm import launch, train
 from megatron_acodm.arguments import build_parser, check_arguments, check_batch
 from megatron_acodm.config import AcodmConfig
+from megatron_acodm.megatron.hosts.manifests import expand_manifests
 
 EXAMPLES = REPOSITORY / "examples"
 JOBS = {name: EXAMPLES / "configs" / f"{name}.yaml" for name in ("pythia_1b", "llama_7b")}
@@ -87,8 +88,8 @@ def _torchrun(words: list[str]) -> Any:
 _ON_64_NODES = ("--tensor-model-parallel-size", "4", "--micro-batch-size", "1")
 # Without TransformerEngine, Apex and CUDA.
 _ON_THIS_MACHINE = (
-    *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-gradient-accumulation-fusion"),
-    *("--distributed-backend", "gloo"),
+    *("--transformer-impl", "local", "--distributed-backend", "gloo"),
+    *("--no-persist-layer-norm", "--no-gradient-accumulation-fusion"),
 )
 
 
@@ -135,7 +136,7 @@ def test_slurm_starts_megatron_lm_on_any_number_of_nodes(
         args = launch._parse(launch.build_parser(), own, name)
         config = launch._config(args)
         assert config is not None and config.mixing.policy == "acodm"
-        arguments = launch._script_arguments(args, theirs)
+        arguments = expand_manifests(launch._script_arguments(args, theirs))
         at = arguments.index("--data-path") + 1
         assert arguments[at : at + len(prefixes)] == prefixes
         cases.append((8 * nodes, [*arguments, *_ON_THIS_MACHINE]))

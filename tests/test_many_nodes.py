@@ -73,6 +73,8 @@ class Nodes:
     def environment(self, node: int) -> dict[str, str]:
         return {
             "PET_LOCAL_ADDR": self.addresses[node],
+            # Both have the name of this machine, by which torchrun would know the first.
+            "PET_RDZV_CONF": f"{_PATIENCE},is_host={'false' if node else 'true'}",
             "GLOO_SOCKET_IFNAME": self.interfaces[node],
         }
 
@@ -128,7 +130,6 @@ def start(
         settings = {
             "PYTHON": sys.executable,
             "NODE0": f"{nodes.addresses[0]}:{meet}",
-            "PET_RDZV_CONF": _PATIENCE,
             "NODES": "2",
             "PROCESSES": "2",
             **nodes.environment(node),

@@ -122,22 +122,27 @@ def test_a_full_disk_in_a_save_leaves_the_last_checkpoint(
 ) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
-    _mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder))
+    _mount("-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder))
     try:
         save = ("--save", str(folder / "c"), "--load", str(folder / "c"), "--save-interval", "2")
         common = ("--acodm-config", learning, "--eval-interval", "0", *save)
-        run = train("--train-iters", "40", *common, processes=2)
+        first = train("--train-iters", "40", "--exit-interval", "2", *common, processes=2)
+        assert first.code == 0, first.output
+        used = shutil.disk_usage(folder).used  # by one checkpoint; half of another has room
+        subprocess.run(["mount", "-o", f"remount,size={used * 3 // 2}", folder], check=True)
+        again = {"processes": 2, "directory": first.directory}
+        run = train("--train-iters", "40", *common, **again)
         assert run.code != 0
         (message,) = re.findall(MESSAGE, run.output)
-        last = _announced(folder / "c")
-        assert f"checkpoint of step {last + 2} could not be written to {folder / 'c'}" in message
-        assert "MB are free there" in message and f"goes on after step {last}" in message
-        subprocess.run(["mount", "-o", "remount,size=100m", str(folder)], check=True)
-        again = train("--train-iters", str(last + 4), *common, processes=2, directory=run.directory)
-        assert again.code == 0, again.output
-        assert f"resuming after step {last}" in again.output
+        assert f"checkpoint of step 4 could not be written to {folder / 'c'}" in message
+        assert "MB are free there" in message and "goes on after step 2" in message
+        subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
+        last = train("--train-iters", "6", *common, **again)
+        assert last.code == 0, last.output
+        assert "resuming after step 2" in last.output
+        assert [line["iteration"] for line in last.steps] == [1, 2, 3, 4, 5, 6]
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", folder], check=True)
 
 
 def _mount(*arguments: str) -> None:
@@ -185,7 +190,7 @@ def test_a_damaged_policy_is_named_and_the_checkpoint_before_loads(
     content[-1] ^= 1
     file.write_bytes(bytes(content))
     more = ("--train-iters", "6", "--eval-interval", "0", *save)
-    _refused(train(*more, processes=2), rf"{tmp_path}/iter_0000004/acodm/policy.*damaged")
+    _refused(train(*more, processes=2), rf"{tmp_path}/iter_0000004/acodm/policy.*was altered")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2", encoding="utf-8")
     again = train(*more, directory=run.directory)
     assert again.code == 0 and "resuming after step 2" in again.output, again.output

@@ -1,7 +1,7 @@
 """Kills runs of Megatron-LM under the launcher at random moments, and compares what comes of them.
 
 Two tensor-parallel ranks train from the start to a random moment; then either all processes are
-killed at once (SIGKILL), or one rank is, or torchrun is told to end (SIGTERM). Whatever is left must
+killed at once (SIGKILL), or one rank is, or torchrun is told to end (SIGTERM). What is left must
 end by itself. The same command is given again, until the run is over: metrics, samples, model,
 optimizer, ledger and policy must equal an undisturbed run's bit for bit. The first difference ends
 the campaign with exit status 1.

@@ -62,4 +62,3 @@ def heed_parent_only(worker: int) -> None:
                 os._exit(0)
 
     threading.Thread(target=wait, name="sigterm", daemon=True).start()
-
