@@ -102,32 +102,42 @@ class Campaign:
                 if not first_step and reference.last("step") > 0:
                     first_step = time.monotonic() - begun
                 time.sleep(0.01)
-        seconds = time.monotonic() - begun
+        step_s = (time.monotonic() - begun - first_step) / self._options.steps
         expected = facts(reference, finished=True)
         while time.monotonic() < end:
             self.runs += 1
             folder = Folder(self._root / f"run-{self.runs}")
             for _ in range(KILLS_PER_RUN):
-                # Mostly while it trains or saves, whose share of so short a run is small.
-                moment = self._rng.uniform(0.8 * first_step, seconds)
                 way = WAYS[len(self.kills) % len(WAYS)]
                 with closing(HostLaunch(folder, self._arguments, 2)) as launch:
-                    while launch.running() and time.monotonic() - launch.started < moment:
-                        time.sleep(0.01)
-                    if not launch.running():
+                    if not self._wait(launch, first_step, step_s):
                         break
                     launch.disturb(way, self._rng)
-                self._record(folder, way, moment)
+                self._record(folder, way)
                 compare(expected, facts(folder, finished=False), exact=True, finished=False)
-            with closing(HostLaunch(folder, self._arguments, 2)) as launch:
-                while launch.running():
-                    time.sleep(0.05)
+            if folder.announced() < self._options.steps:
+                with closing(HostLaunch(folder, self._arguments, 2)) as launch:
+                    while launch.running():
+                        time.sleep(0.05)
             compare(expected, facts(folder, finished=True), exact=True, finished=True)
             shutil.rmtree(folder.root)
 
-    def _record(self, folder: Folder, way: str, moment: float) -> None:
+    def _wait(self, launch: HostLaunch, first_step: float, step_s: float) -> bool:
+        """Let a random part of the start, or of a step and its save, pass; False if it ended."""
+        resumed = launch.resumed_from
+        target = self._rng.randint(resumed, min(resumed + 12, self._options.steps - 1))
+        while target > resumed and launch.running() and launch.folder.last("step") < target:
+            time.sleep(0.005)
+        end = time.monotonic() + self._rng.random() * (
+            first_step if target == resumed else 2 * step_s
+        )
+        while launch.running() and time.monotonic() < end:
+            time.sleep(0.005)
+        return launch.running()
+
+    def _record(self, folder: Folder, way: str) -> None:
         step, checkpoint = max(folder.last("step"), 0), folder.announced()
-        kill = {"run": self.runs, "killed": way, "after (s)": round(moment, 1)}
+        kill = {"run": self.runs, "killed": way}
         kill |= {"last step": step, "resumes from": checkpoint}
         self.kills.append(kill)
         print("".join(f"{name} {value!s:<10}" for name, value in kill.items()), flush=True)
