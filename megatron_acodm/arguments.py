@@ -126,7 +126,7 @@ def _add_output(group: Any) -> None:
 def add_mixing_arguments(group: Any, default_policy: str) -> None:
     """Add the flags of ``acodm_config``, and those of what it saves and adopts."""
     group.add_argument("--acodm-config", help="YAML file with mixing, blending and alignment; the "
-                       "flags below override it")  # fmt: skip
+                       "flags below override it; and the script's arguments")  # fmt: skip
     group.add_argument("--acodm-policy", choices=(*POLICIES, "none"),
                        help=f"default: {default_policy}; none: Megatron's static "
                        "blend")  # fmt: skip

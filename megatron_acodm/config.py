@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_acodm.checks import require, require_in_range
+from megatron_acodm.job_file import ARGUMENTS, MEGATRON_LM, read_yaml
 from megatron_acodm.policy_config import AdoConfig, AgentConfig, OdmConfig, PikeConfig
 from megatron_acodm.weights_file import read_weights
 
@@ -322,16 +321,15 @@ class AcodmConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> AcodmConfig:
-        """Read a config from a YAML file with the sections mixing, blending, alignment."""
+        """Read a config from a YAML file with the sections mixing, blending, alignment.
+
+        Those of ``job_file``, which are for the training script, are passed over.
+        """
+        values = read_yaml(path)
+        if isinstance(values, dict):
+            values = {k: v for k, v in values.items() if k not in (ARGUMENTS, MEGATRON_LM)}
         try:
-            with open(path, encoding="utf-8") as file:
-                values = yaml.safe_load(file)
-        except OSError as error:
-            raise ValueError(f"cannot read the config {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-        try:
-            return cls.from_dict(values or {})
+            return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from argparse import ArgumentParser
+from pathlib import Path
 from typing import NoReturn
 
 _HEAD_START_S = 2.0
@@ -25,12 +28,33 @@ def speak_once(parser: ArgumentParser) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Print the error once for all ranks and leave at once, whatever peers are waiting for."""
-    if rank() != 0:
-        time.sleep(_HEAD_START_S)
-    print(message, file=sys.stderr, flush=True)
+    """Print the error once for all ranks of a node and leave at once, whatever peers wait for.
+
+    The first to fail speaks, as the others may fail because it has.
+    """
+    # torchrun ends all ranks of a node when one of them has ended: not before this is said.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if _is_first_to_fail():
+        print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    for helper in multiprocessing.active_children():  # Megatron's writer of checkpoints has one
+        helper.kill()
     os._exit(1)
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no other rank that this torchrun has started asked that before."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return True
+    start = Path(file).parent.parent  # of one start of all ranks; torchrun removes it
+    try:
+        (start / "megatron_acodm_failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _exit_quietly(status: int = 0, message: str | None = None) -> NoReturn:

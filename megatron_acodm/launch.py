@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from megatron_acodm.arguments import acodm_config, add_mixing_arguments
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.door import fail, rank, speak_once
+from megatron_acodm.job_file import ARGUMENTS, MEGATRON_LM, read_arguments
+from megatron_acodm.megatron.hosts.manifests import expand_manifests
 
 if TYPE_CHECKING:
     from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions
@@ -98,6 +100,14 @@ def _config(args: Namespace) -> AcodmConfig | None:
     return None
 
 
+def _script_arguments(args: Namespace, given: Sequence[str]) -> list[str]:
+    """The script's arguments: the job file's, and those that were given, which win."""
+    in_file: list[str] = []
+    if args.acodm_config is not None:
+        in_file = read_arguments(args.acodm_config, [ARGUMENTS, MEGATRON_LM])
+    return [*in_file, *given]
+
+
 def _refuse_misplaced(script: Path, theirs: list[str]) -> None:
     misplaced = [word for word in theirs if word.startswith("--acodm-") or word == "--check"]
     if misplaced:
@@ -121,11 +131,13 @@ def _options(args: Namespace, config: AcodmConfig) -> LaunchOptions:
 def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
     config = _config(args)
     _refuse_misplaced(script, theirs)
+    theirs = _script_arguments(args, theirs)
     _become(script, theirs)
     from megatron_acodm.megatron.hosts import cpu
 
     if cpu.runs_on_cpu(theirs):
-        cpu.prepare_megatron_lm()
+        cpu.prepare_megatron_lm()  # before anything of Megatron is imported, as by a manifest
+    sys.argv[1:] = expand_manifests(theirs)
     if config is None:
         if rank() == 0:
             print("megatron-acodm: no policy, the script runs as it is", flush=True)
@@ -137,8 +149,13 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
     from megatron_acodm.megatron.hosts.megatron_lm import MegatronLM
 
     host = MegatronLM(_options(args, config))
-    with host.running():
-        runpy.run_path(str(script), run_name="__main__")
+    try:
+        with host.running():
+            runpy.run_path(str(script), run_name="__main__")
+    except BaseException as error:
+        if message := host.explain_lost_rank(error):
+            fail(f"error: rank {rank()}: {message}")
+        raise
     if not host.has_trained:
         raise ValueError(
             f"{script.name} ended without training in megatron.training's loop, so nothing was "
@@ -168,6 +185,7 @@ def _check(args: Namespace, script: Path, theirs: list[str]) -> None:
         options = _options(args, config)
     with problems.noted():
         _refuse_misplaced(script, theirs)
+        theirs = _script_arguments(args, theirs)
     told = args.check or os.environ.get("WORLD_SIZE")
     ranks = int(told or fewest_ranks(theirs))
     check = Check(options, problems)
@@ -177,6 +195,7 @@ def _check(args: Namespace, script: Path, theirs: list[str]) -> None:
             # What cannot be imported, the check of the host's symbols will name.
             with contextlib.suppress(ImportError):
                 cpu.prepare_megatron_lm()
+        sys.argv[1:] = expand_manifests(theirs)
         check.run(script, ranks)
     if problems.found:
         where = "" if rank() == 0 else f" on {platform.node()}"

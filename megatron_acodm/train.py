@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_acodm.arguments import acodm_config, build_parser, check_arguments, check_batch
 from megatron_acodm.door import fail, rank, speak_once
+from megatron_acodm.job_file import ARGUMENTS, config_file, read_arguments
 
 if TYPE_CHECKING:
     from megatron_acodm.megatron.trainer import Trainer
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says; exits non-zero with one message when it cannot."""
-    args = _parse(build_parser(), arguments)
+    args = _parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
     level = logging.INFO if rank() == 0 else logging.ERROR
     logging.basicConfig(level=max(level, logging.WARNING), format="%(levelname)s: %(message)s")
     logging.getLogger("megatron_acodm").setLevel(level)
@@ -28,15 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_acodm.blending import DataExhausted
     from megatron_acodm.megatron.compat import UnsupportedHostError
 
+    trainer, ended_early = None, ""
     try:
-        trainer = _set_up(args)
-    except (ValueError, OSError, UnsupportedHostError) as error:
-        fail(f"error: rank {rank()}: {error}")
-    ended_early = ""
-    try:
+        try:
+            trainer = _set_up(args)
+        except (ValueError, UnsupportedHostError) as error:
+            fail(f"error: rank {rank()}: {error}")
         trainer.train()
     except DataExhausted as error:  # on every rank, after the last checkpoint
         ended_early = f"error: {error}"
+    except OSError as error:
+        fail(f"error: rank {rank()}: {error}")
+    except BaseException as error:
+        _end_if_a_rank_is_lost(error, args, trainer)
+        raise
     if rank() == 0:
         from megatron_acodm.report import closing_table
 
@@ -47,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.distributed.barrier()  # so that no early exit makes torchrun end who still prints
     torch.distributed.destroy_process_group()
     sys.exit(bool(ended_early))
+
+
+def _end_if_a_rank_is_lost(error: BaseException, args: Namespace, trainer: Trainer | None) -> None:
+    from megatron_acodm.megatron.failures import explain_lost_rank, lost_rank
+
+    if (said := lost_rank(error)) is None:
+        return
+    minutes, iteration = args.distributed_timeout_minutes, trainer.iteration if trainer else 0
+    fail(f"error: rank {rank()}: {explain_lost_rank(said, minutes, args.save, iteration)}")
 
 
 def _set_up(args: Namespace) -> Trainer:
@@ -72,9 +87,15 @@ def _set_up(args: Namespace) -> Trainer:
     return Trainer(args, config, resolve_sources(args))
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """The arguments of the job file, which those of the command line come after and override."""
     speak_once(parser)
-    return parser.parse_args(arguments)
+    file = config_file(arguments)
+    try:
+        in_file = read_arguments(file, [ARGUMENTS]) if file else []
+    except ValueError as error:
+        fail(f"error: rank {rank()}: {error}")
+    return parser.parse_args([*in_file, *arguments])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -299,6 +300,54 @@ def test_what_does_not_work_ends_every_rank_with_one_message(launch: Launcher) -
     assert run.code != 0
     assert run.output.count("error: rank") == 1
     assert "--dataloader-type is 'cyclic'" in run.output
+
+
+def test_a_damaged_policy_is_named_and_the_checkpoint_before_loads(
+    launch: Launcher, undisturbed: Trained, tmp_path: Path
+) -> None:
+    save = ("--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2")
+    run_dir = tmp_path / "metrics"
+    first = launch(*save, "--exit-interval", "4", run_dir=run_dir)
+    assert first.code == 0, first.output
+    (file,) = (tmp_path / "iter_0000004" / "acodm").glob("policy*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    refused = launch(*save, processes=2, run_dir=run_dir)
+    assert refused.code != 0
+    (message,) = re.findall(r"(?m)^error: rank \d: .*$", refused.output)
+    assert re.search(r"iter_0000004/acodm/policy.*was altered", message)
+    again = launch(*save, "--ckpt-step", "2", run_dir=run_dir)
+    assert again.code == 0, again.output
+    assert again.steps == undisturbed.steps
+
+
+def test_a_save_that_fails_is_told_in_one_message(
+    launch: Launcher, undisturbed: Trained, tmp_path: Path
+) -> None:
+    (tmp_path / "iter_0000004").write_text("in the way", encoding="utf-8")
+    save = ("--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2")
+    run = launch(*save, processes=2, run_dir=tmp_path / "metrics")
+    assert run.code != 0
+    assert run.output.count("error: rank") == 1, run.output
+    assert f"checkpoint of step 4 could not be written to {tmp_path}" in run.output
+    assert f"with --load {tmp_path}, goes on after step 2" in run.output
+    (tmp_path / "iter_0000004").unlink()
+    again = launch(*save, run_dir=tmp_path / "metrics")
+    assert again.code == 0, again.output
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_dataset_that_has_vanished_is_named(
+    launch: Launcher, corpus: Corpus, tmp_path: Path, ending: str
+) -> None:
+    shutil.copytree(corpus.manifest.parent, tmp_path / "data")
+    (file, *_) = sorted((tmp_path / "data").glob(f"*{ending}"))
+    file.unlink()
+    run = launch("--data-path", str(tmp_path / "data" / "manifest.json"), processes=2)
+    assert run.code != 0
+    assert run.output.count("error: rank") == 1, run.output
+    assert str(file) in run.output
 
 
 # Without training -----------------------------------------------------------------------------

@@ -191,8 +191,7 @@ class Launch:
         self._metrics_before = written(folder.metrics)
         self._seen: set[tuple[str, int]] = set()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), "-m", "megatron_acodm.train"]
-        command += [*arguments, "--run-dir", str(folder.run)]
+        command += ["--nproc-per-node", str(processes), *self.program(arguments)]
         command += ["--save", str(folder.checkpoints), "--load", str(folder.checkpoints)]
         # Takes what killed processes leave, and marks them; a short path, as sockets need.
         self._temporary = tempfile.TemporaryDirectory(prefix="kill-")
@@ -202,6 +201,10 @@ class Launch:
             self._torchrun = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, env=marked
             )
+
+    def program(self, arguments: Sequence[str]) -> list[str]:
+        """What torchrun runs."""
+        return ["-m", "megatron_acodm.train", *arguments, "--run-dir", str(self.folder.run)]
 
     def close(self) -> None:
         """Leave no process and no temporary file behind."""

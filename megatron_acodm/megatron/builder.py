@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
 import os
 import zlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,10 +98,30 @@ def build_with_online_training_split(builder: Any, stock_build: Any, mixer: Mixe
 def _build_one_epoch(builder: Any, prefixes: list[str], train_range: Any) -> list[Any]:
     """One mid-level dataset a prefix, each exactly one epoch long (None where not built)."""
     sizes = [[None, None, None] for _ in prefixes]
-    splits = builder._build_megatron_datasets_parallel(
-        list(prefixes), [train_range, None, None], sizes
-    )
+    with naming_cache(builder.config.path_to_cache):
+        splits = builder._build_megatron_datasets_parallel(
+            list(prefixes), [train_range, None, None], sizes
+        )
     return splits[0]
+
+
+@contextlib.contextmanager
+def naming_cache(folder: str | None) -> Iterator[None]:
+    """Name the folder of dataset indices when Megatron cannot write to it.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:  # Megatron raises this very class
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError) or isinstance(reason, FileNotFoundError):
+            raise
+        raise ValueError(
+            f"the dataset indices cannot be written to {folder or 'the folders of the data'}: "
+            f"{reason}; make it writable, or give another folder with --data-cache-path"
+        ) from error
 
 
 def _agree_on_data(
@@ -168,6 +190,7 @@ def _stock_without_training(builder: Any, stock_build: Any) -> list[Any]:
         config.blend_per_split = [None, *config.blend_per_split[1:]]
     original, builder.config = builder.config, config
     try:
-        return stock_build(builder)
+        with naming_cache(config.path_to_cache):
+            return stock_build(builder)
     finally:
         builder.config = original

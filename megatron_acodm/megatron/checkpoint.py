@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_acodm.files import write_atomically
+from megatron_acodm.megatron.failures import TRACKER, naming_failed_save
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.model import TrainingModel
 from megatron_acodm.megatron.sidecar import load_sidecar, refuse_differences, save_sidecar
 
 logger = logging.getLogger(__name__)
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _FINGERPRINT = "acodm_run"
 
 
@@ -43,23 +43,28 @@ def save_checkpoint(
     """Save and announce the checkpoint of a finished iteration; collective.
 
     ``fingerprint`` is what a run that loads it must have in common with this one.
+
+    Raises:
+        SaveFailed: when it cannot be written; perhaps on one rank alone, whose process must then
+            end, as the others wait for it.
     """
     from megatron.core import dist_checkpointing
 
     final = _folder(Path(root), iteration)
     partial = final.with_name(final.name + ".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = model.sharded_state(iteration, is_loading=False)
-    dist_checkpointing.save({**state, _FINGERPRINT: fingerprint}, str(partial))
-    if mixer is not None:
-        save_sidecar(mixer, partial, iteration)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _announce(partial, final, iteration)
-    dist.barrier()
+    with naming_failed_save(root, iteration):
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        state = model.sharded_state(iteration, is_loading=False)
+        dist_checkpointing.save({**state, _FINGERPRINT: fingerprint}, str(partial))
+        if mixer is not None:
+            save_sidecar(mixer, partial, iteration)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            _announce(partial, final, iteration)
+        dist.barrier()
     return final
 
 

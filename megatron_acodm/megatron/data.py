@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_acodm.megatron.builder import naming_cache
+from megatron_acodm.megatron.signals import heed_parent_only
+
 logger = logging.getLogger(__name__)
 
 _KEYS = ("tokens", "labels", "loss_mask")
@@ -85,11 +88,12 @@ def build_validation_datasets(
         documents = GPTDataset.build_low_level_dataset(prefix, config).sequence_lengths.shape[0]
         low, high = (round(edge * documents) for edge in share or ())
         split = [None, share, None]
-        datasets.append(
-            builder._build_megatron_dataset_splits(prefix, split, [None] * 3)[1]
-            if high > low
-            else None
-        )
+        with naming_cache(args.data_cache_path):
+            datasets.append(
+                builder._build_megatron_dataset_splits(prefix, split, [None] * 3)[1]
+                if high > low
+                else None
+            )
     for dataset in filter(None, datasets):
         # GPTDataset caches its first sample's loss mask, which may be that of the padded one.
         dataset.masks_and_position_ids_are_cacheable = False
@@ -177,6 +181,7 @@ def build_training_iterator(args: Namespace, dataset: Any, consumed_samples: int
         num_workers=args.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=heed_parent_only if args.save else None,
     )
     return iter(loader)
 

@@ -60,13 +60,24 @@ class ParallelGroups:
         )
 
 
-_timeout: timedelta | None = None  # of the trainer's groups; None: torch's own
+_timeout: timedelta | None = None
+
+
+def timeout() -> timedelta | None:
+    """How long a collective of ours waits for a rank; None: torch's own, half an hour on gloo."""
+    return _timeout
+
+
+def set_timeout(minutes: float) -> None:
+    """Let collectives of the groups that are made from now on wait as long as the host's."""
+    global _timeout
+    _timeout = timedelta(minutes=minutes)
 
 
 @functools.cache
 def _control_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     del world  # one for each time that torch.distributed was started
-    return dist.new_group(backend="gloo", timeout=_timeout)
+    return dist.new_group(backend="gloo", timeout=timeout())
 
 
 def abandon_control_group(group: dist.ProcessGroup) -> None:
@@ -138,12 +149,12 @@ def initialize_distributed(
         "WORLD_SIZE": "1",
     }.items():
         os.environ.setdefault(name, value)  # a single process needs no torchrun
-    global _timeout
-    _timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, timeout=_timeout)
+    set_timeout(timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
     )
     # Pipeline stages hold different layers: give each its own stream of initial weights, as
     # Megatron-LM does; data-parallel replicas share it.

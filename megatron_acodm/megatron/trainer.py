@@ -25,11 +25,13 @@ from megatron_acodm.megatron.data import (
     build_validation_datasets,
     get_batch,
 )
+from megatron_acodm.megatron.groups import timeout
 from megatron_acodm.megatron.measurement import SEQUENCE_LOSSES
 from megatron_acodm.megatron.model import TrainingModel, build_model
 from megatron_acodm.megatron.patches import patch, unpatch
 from megatron_acodm.megatron.policy_file import save_learned_policy
 from megatron_acodm.megatron.records import FinishedStep, Recorder, log
+from megatron_acodm.megatron.signals import ExitSignal
 from megatron_acodm.megatron.sources import DataSources, natural_weights
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Trainer:
         if args.acodm_save_policy and dist.get_rank() == 0:
             Path(args.acodm_save_policy).parent.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
+        self._exit_signal: ExitSignal | None = None
 
     def _fingerprint(self) -> dict[str, Any]:
         """What decides which samples a step draws, and must be the same when it is resumed."""
@@ -121,13 +124,20 @@ class Trainer:
             )
             if self.iteration == 0 and args.eval_interval:
                 self._validate(records)
+            if args.save:
+                self._exit_signal = ExitSignal(dist.new_group(backend="gloo", timeout=timeout()))
             iterator = build_training_iterator(args, self.train_data, self.consumed_samples)
             while self._samples_to_come():
+                if self._exit_signal is not None:
+                    self._exit_signal.begin_step()
                 self._step(iterator, records)
                 done = not self._samples_to_come()
                 last = done or _due(args.exit_interval, self.iteration)
                 if args.eval_interval and (last or _due(args.eval_interval, self.iteration)):
                     self._validate(records)
+                if self._exit_signal is not None and self._exit_signal.came() and not last:
+                    log(f"SIGTERM came: training ends after step {self.iteration}")
+                    last = True
                 save = args.save and (last or _due(args.save_interval, self.iteration))
                 if save:
                     records.flush()
@@ -143,6 +153,8 @@ class Trainer:
             unpatch()
             if records is not None:
                 records.close()
+            if self._exit_signal is not None:
+                self._exit_signal.close()
 
     @property
     def consumed_samples(self) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_acodm.files import sync
+from megatron_acodm.megatron.compat import UnsupportedHostError
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.sidecar import FOLDER, load_sidecar, save_sidecar
 
@@ -48,7 +49,7 @@ class CheckpointLifeCycle:
         try:
             yield
             if self._staged is not None:
-                raise RuntimeError(
+                raise UnsupportedHostError(
                     f"{self._host} saved iteration {iteration} without asking for its tracker "
                     "file, so the policy was not saved with it; this version is not supported"
                 )

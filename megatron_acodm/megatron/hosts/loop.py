@@ -21,6 +21,7 @@ from megatron_acodm.blending import DataExhausted
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron import patches
 from megatron_acodm.megatron.compat import UnsupportedHostError, check_host_version, host_symbol
+from megatron_acodm.megatron.failures import explain_lost_rank, lost_rank, naming_failed_save
 from megatron_acodm.megatron.hosts.checkpoints import CheckpointLifeCycle
 from megatron_acodm.megatron.hosts.records import HostRecorder, default_run_dir
 from megatron_acodm.megatron.mixer import Mixer
@@ -246,7 +247,11 @@ class HostLoop(ABC):
             self._recorder.flush()  # a resumed run keeps the lines up to here
             if self.options.save_policy:
                 save_learned_policy(mixer, self.options.save_policy, self._args, iteration)
-            with self._checkpoints.saving(mixer, Path(self._args.save), iteration):
+            root = Path(self._args.save)
+            with (
+                naming_failed_save(root, iteration),
+                self._checkpoints.saving(mixer, root, iteration),
+            ):
                 return original(*args, **kwargs)
 
         return save_checkpoint
@@ -308,6 +313,14 @@ class HostLoop(ABC):
                 f"training ended after step {self._last_iteration} of {mixer.run.train_iters}: "
                 f"{mixer.exhausted}"
             )
+
+    def explain_lost_rank(self, error: BaseException) -> str | None:
+        """The message on a rank that is gone, if that is why the run ended."""
+        if self.mixer is None or (said := lost_rank(error)) is None:
+            return None
+        args = self._args
+        minutes = args.distributed_timeout_minutes
+        return explain_lost_rank(said, minutes, args.save, self._last_iteration)
 
     @property
     def has_trained(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_acodm.megatron import patches
 from megatron_acodm.megatron.compat import UnsupportedHostError, host_symbol
+from megatron_acodm.megatron.groups import set_timeout
 from megatron_acodm.megatron.hosts.checkpoints import CheckpointLifeCycle
 from megatron_acodm.megatron.hosts.loop import Function, HostLoop, LaunchOptions, Replacement
 from megatron_acodm.megatron.hosts.refusals import refuse_unshared_data, refuse_unsupported
@@ -90,6 +91,7 @@ class MegatronLM(HostLoop):
         def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             refuse_unsupported(self._args, self.options.config)
+            set_timeout(self._args.distributed_timeout_minutes)
             return result
 
         return initialize_megatron
