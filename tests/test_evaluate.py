@@ -102,6 +102,33 @@ def test_generated_text_is_the_likeliest_and_ends_before_a_stop(
             assert cut == answer[: answer.index(stop)]
 
 
+@pytest.mark.parametrize("fused_norms", [False, True])
+def test_the_format_torch_gives_the_same_scores(
+    scorer: Scorer, checkpoint: Path, tmp_path: Path, fused_norms: bool
+) -> None:
+    from megatron_acodm.evaluation.checkpoint import open_checkpoint
+
+    names = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    weights = {}
+    for name, value in scorer._module.state_dict().items():
+        for separate, fused in names.items() if fused_norms else ():
+            name = name.replace(separate, fused)
+        weights[name] = value
+    folder = tmp_path / "release" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    state = {"model": weights, "args": open_checkpoint(checkpoint, None, 1).args}
+    torch.save(state, folder / "model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release", encoding="utf-8")
+    tokenizer = build_tokenizer("NullTokenizer", None, VOCABULARY - 1)
+    same = open_scorer(tmp_path, tokenizer).loglikelihoods(CONTINUATIONS)
+    assert same == scorer.loglikelihoods(CONTINUATIONS)
+    with pytest.raises(ValueError, match="its parts are mp_rank_00"):
+        open_checkpoint(tmp_path, None, 2)
+
+
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_two_ranks_answer_as_one_does(
     scorer: Scorer, checkpoint: Path, tmp_path: Path, tensor_parallel_size: int

@@ -144,11 +144,11 @@ def test_a_task_that_draws_samples_is_refused(scorer: Scorer) -> None:
         _language_model(scorer).generate_until([_Request("x", options)])
 
 
-def test_a_local_task_runs_through_the_harness_alike_in_every_layout(
-    checkpoint: Path, scorer: Scorer, task_files: Path, tmp_path: Path
+def test_a_local_task_runs_through_the_harness_as_its_scores_say(
+    scorer: Scorer, task_files: Path
 ) -> None:
-    arguments = ["--load", str(checkpoint), "--tasks", "local_choice"]
-    arguments += ["--include-path", str(task_files), "--tokenizer-type", "ByteLevelTokenizer"]
+    from megatron_acodm.evaluation.harness import TaskOptions, run_tasks
+
     hits = []
     for question in QUESTIONS:
         scores = scorer.loglikelihoods(
@@ -157,16 +157,25 @@ def test_a_local_task_runs_through_the_harness_alike_in_every_layout(
         best = max(range(len(scores)), key=lambda i: scores[i][0])
         hits.append(best == question["answer"])
     assert 0 < sum(hits) < len(hits), "questions that tell models apart"
-    alone = evaluate(tmp_path, *arguments)
-    assert alone.code == 0, alone.output
-    results = alone.results["tasks"]
+    options = TaskOptions(["local_choice"], include_path=task_files)
+    results = run_tasks(scorer, build_tokenizer("ByteLevelTokenizer"), options)
     assert results["results"]["local_choice"]["acc,none"] == pytest.approx(sum(hits) / len(hits))
     assert results["n-samples"]["local_choice"]["effective"] == len(QUESTIONS)
-    assert "local_choice" in alone.output
-    for layout in (["--tensor-model-parallel-size", "2"], []):
-        split = evaluate(tmp_path, *arguments, *layout, "--micro-batch-size", "2", processes=2)
-        assert split.code == 0, split.output
-        assert split.results["tasks"] == results
+
+
+def test_the_tool_runs_a_task_file_over_two_ranks_as_over_one(
+    checkpoint: Path, scorer: Scorer, task_files: Path, tmp_path: Path
+) -> None:
+    from megatron_acodm.evaluation.harness import TaskOptions, run_tasks
+
+    file = str(task_files / "local_choice.yaml")
+    alone = run_tasks(scorer, build_tokenizer("ByteLevelTokenizer"), TaskOptions([file]))
+    arguments = ["--load", str(checkpoint), "--tasks", file, "--micro-batch-size", "2"]
+    arguments += ["--tokenizer-type", "ByteLevelTokenizer", "--tensor-model-parallel-size", "2"]
+    split = evaluate(tmp_path, *arguments, processes=2)
+    assert split.code == 0, split.output
+    assert split.results["tasks"] == alone
+    assert "local_choice" in split.output
 
 
 def test_mmlu_is_read_from_the_folder_of_datasets(checkpoint: Path, tmp_path: Path) -> None:
@@ -219,3 +228,13 @@ def test_humaneval_runs_what_the_model_writes(
     options = TaskOptions(["humaneval"], datasets=tmp_path, run_code=True)
     results = run_tasks(scorer, build_tokenizer("ByteLevelTokenizer"), options)
     assert results["results"]["humaneval"]["pass@1,none"] == 0.5
+
+
+def test_other_tasks_that_run_code_are_refused(scorer: Scorer, task_files: Path) -> None:
+    from megatron_acodm.evaluation.harness import TaskOptions, run_tasks
+
+    text = (task_files / "local_choice.yaml").read_text(encoding="utf-8")
+    file = task_files / "local_code.yaml"
+    file.write_text(text.replace("local_choice", "local_code") + "unsafe_code: true\n")
+    with pytest.raises(ValueError, match="local_code would run code"):
+        run_tasks(scorer, build_tokenizer("ByteLevelTokenizer"), TaskOptions([str(file)]))

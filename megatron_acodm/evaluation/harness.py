@@ -88,6 +88,7 @@ def run_tasks(scorer: Scorer, tokenizer: Any, options: TaskOptions) -> dict[str,
     manager = TaskManager(include_path=options.include_path and str(options.include_path))
     with _datasets_from(options.datasets):
         loaded = [task for name in options.tasks for task in _load(manager, name)]
+        _refuse_unlimited_code(loaded)
         results = simple_evaluate(
             model=MegatronLM(scorer, tokenizer),
             tasks=loaded,
@@ -128,6 +129,16 @@ def _load(manager: Any, name: str) -> list[Any]:
     whole = [group for key, group in loaded["groups"].items() if key not in inner]
     covered = {task.task_name for group in whole for task in group.get_all_tasks()}
     return whole + [task for key, task in loaded["tasks"].items() if key not in covered]
+
+
+def _refuse_unlimited_code(loaded: Sequence[Any]) -> None:
+    for item in loaded:
+        for task in item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]:
+            if getattr(task, "UNSAFE_CODE", False):
+                raise ValueError(
+                    f"the task {task.task_name} would run code that the model writes in the "
+                    f"harness's own process, without limits; only {HUMANEVAL} is run within them"
+                )
 
 
 def _missing_data(name: str, error: Exception) -> ValueError:

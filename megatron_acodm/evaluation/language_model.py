@@ -37,11 +37,6 @@ class MegatronLM(TemplateLM):
         """Tokens that the model sees at most."""
         return self._scorer.max_length
 
-    @property
-    def tokenizer_name(self) -> str:
-        """For the harness's caches of requests."""
-        return f"megatron-{self._megatron_tokenizer.path}".replace("/", "__")
-
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
@@ -56,13 +51,9 @@ class MegatronLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         del disable_tqdm, kwargs
-        answers = self._scorer.loglikelihoods(
+        return self._scorer.loglikelihoods(
             [Continuation(context, tokens) for _, context, tokens in requests]
         )
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return answers
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -84,10 +75,7 @@ class MegatronLM(TemplateLM):
             windows += own
             counts.append(len(own))
         scores = iter(self._scorer.loglikelihoods(windows))
-        answers = [sum(next(scores)[0] for _ in range(count)) for count in counts]
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
-        return answers
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to the first of their stop strings.
@@ -107,7 +95,4 @@ class MegatronLM(TemplateLM):
             tokens = self.tok_encode(context) or [self.prefix_token_id]
             stops = tuple(stop for stop in settings["until"] if stop)
             prompts.append(Prompt(tokens, settings["max_gen_toks"], stops))
-        answers = self._scorer.generate(prompts)
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, answer)
-        return answers
+        return self._scorer.generate(prompts)
