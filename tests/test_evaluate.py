@@ -319,6 +319,25 @@ def test_a_model_of_another_kind_is_refused(checkpoint: Path, reference: Referen
         settle_shape(build_parser().parse_args(["--load", "x"]), found)
 
 
+def test_averages_that_were_not_saved_are_refused(scorer: Scorer, checkpoint: Path) -> None:
+    from megatron_acodm.evaluation.checkpoint import open_checkpoint
+
+    with pytest.raises(ValueError, match="--averages needs a run with --eval-ema-decay"):
+        open_checkpoint(checkpoint, None, 1).load_into(scorer._module, averages=True)
+
+
+def test_objects_that_are_not_known_to_be_safe_are_not_loaded(
+    checkpoint: Path, reference: ReferenceGPT, tmp_path: Path
+) -> None:
+    from megatron_acodm.evaluation.checkpoint import open_checkpoint
+
+    shutil.copytree(checkpoint, tmp_path / "strange")
+    common = tmp_path / "strange" / "iter_0000003" / "common.pt"
+    torch.save({"args": pytest.MonkeyPatch}, common)
+    with pytest.raises(ValueError, match="cannot be read safely"):
+        open_checkpoint(tmp_path / "strange", None, 1)
+
+
 def test_tasks_without_the_harness_name_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from argparse import Namespace
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ def _open_distributed(folder: Path, iteration: int | None) -> Checkpoint:
         tensors = dist_checkpointing.load_tensors_metadata(str(folder))
     except (CheckpointingException, OSError) as error:
         raise ValueError(f"{folder} cannot be read: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise _unknown_objects(folder, error) from error
     embeddings = tensors.get(f"model.{_WORD_EMBEDDINGS}", tensors.get(_WORD_EMBEDDINGS))
     if embeddings is None:
         raise ValueError(f"{folder} has no {_WORD_EMBEDDINGS}; it is not that of a GPT")
@@ -155,10 +158,21 @@ def _open_legacy(folder: Path, iteration: int | None, tensor_parallel_size: int)
             "Megatron-LM's --ckpt-convert-format torch_dist"
         )
     part = parts[parallel_state.get_tensor_model_parallel_rank()]
-    # Megatron-Core has told torch which of its classes are safe to load.
-    state = torch.load(folder / part / _LEGACY_FILE, map_location="cpu", weights_only=True)
+    try:
+        # Megatron-Core has told torch which of its classes are safe to load.
+        state = torch.load(folder / part / _LEGACY_FILE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _unknown_objects(folder, error) from error
     rows = state["model"][_WORD_EMBEDDINGS].shape[0] * tensor_parallel_size
     return Checkpoint(folder, iteration, state.get("args"), rows, state["model"])
+
+
+def _unknown_objects(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder} cannot be read safely: it is damaged, or holds objects of another version than "
+        f"the installed Megatron-Core ({str(error).splitlines()[0]}); evaluate with the version "
+        "that saved it"
+    )
 
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def settle_shape(args: Namespace, checkpoint: Checkpoint) -> Namespace:
                 f"{checkpoint.folder} does not keep its run's arguments; give {' '.join(missing)}"
             )
         model = Namespace(**{name: getattr(args, name) for name in SHAPE})
+        model.bias_gelu_fusion = torch.cuda.is_available()  # as in our trainer
     else:
         model = Namespace(**vars(checkpoint.args))
         for name, value in given.items():
