@@ -53,7 +53,7 @@ def forward_step(
     iterator: Iterator[torch.Tensor], model: Any
 ) -> tuple[torch.Tensor, functools.partial[Any]]:
     """A Megatron forward step over the next micro-batch."""
-    from megatron_acodm.megatron.trainer import loss_func
+    from megatron_acodm.megatron.losses import loss_func
 
     text = next(iterator)
     positions = torch.arange(SEQUENCE).expand(2, -1)

@@ -291,7 +291,7 @@ class Host:
             ]
 
     def _forward_step(self, iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        from megatron_acodm.megatron.trainer import loss_func
+        from megatron_acodm.megatron.losses import loss_func
 
         tokens, labels, mask = next(iterator)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)

@@ -34,7 +34,7 @@ class InfGradient(torch.autograd.Function):
         return torch.full_like(gradient, float("inf"))
 
 def faulty_set_up(args):
-    from megatron_acodm.megatron import trainer as module
+    from megatron_acodm.megatron import losses as module
 
     trainer, honest_loss = set_up(args), module.loss_func
     masked = []

@@ -49,7 +49,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def _forward_step(iterator: Iterator[Any], model: Any) -> Any:
-    from megatron_acodm.megatron.trainer import loss_func
+    from megatron_acodm.megatron.losses import loss_func
 
     batch = next(iterator)
     positions = torch.arange(SEQUENCE).expand_as(batch["tokens"])

@@ -134,7 +134,7 @@ def teach(mixer: Mixer) -> None:
 
 def forward_step(by_sequence: bool, batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
     """Megatron's forward step over the next micro-batch."""
-    from megatron_acodm.megatron.trainer import loss_func
+    from megatron_acodm.megatron.losses import loss_func
 
     text = next(batches)
     tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()

@@ -113,7 +113,7 @@ class Host:
         """Forward and backward over micro-batches; returns their mean loss."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        from megatron_acodm.megatron.trainer import loss_func
+        from megatron_acodm.megatron.losses import loss_func
 
         def forward_step(iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
             text = next(iterator)

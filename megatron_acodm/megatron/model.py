@@ -78,6 +78,7 @@ class TrainingModel:
     optimizer: Any
     scheduler: Any  # learning rate and weight decay
     config: Any  # TransformerConfig
+    args: Namespace  # the run's, kept in checkpoints as Megatron-LM keeps its own
     averages: AveragedWeights | None = None  # for validation
 
     def sharded_state(self, iteration: int, *, is_loading: bool) -> dict[str, Any]:
@@ -96,6 +97,7 @@ class TrainingModel:
             "optimizer": optimizer,
             "opt_param_scheduler": self.scheduler.state_dict(),
             "iteration": iteration,
+            "args": self.args,
         }
         if self.averages is not None:
             state["averages"] = self.averages.sharded_state(model)
@@ -126,7 +128,11 @@ def build_model(args: Namespace, vocab_size: int) -> TrainingModel:
     )
 
     config = _transformer_config(args)
-    module = _gpt(args, config, vocab_size)
+    args.padded_vocab_size = padded_vocab_size(
+        vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    )
+    args.bias_gelu_fusion = config.bias_activation_fusion  # its GELU is an approximation
+    module = build_gpt(args, config)
     if torch.cuda.is_available():
         module.cuda(torch.cuda.current_device())
     if args.bf16:
@@ -148,7 +154,7 @@ def build_model(args: Namespace, vocab_size: int) -> TrainingModel:
     averages = None
     if args.eval_ema_decay is not None:
         averages = AveragedWeights([chunk], args.eval_ema_decay)
-    return TrainingModel([chunk], optimizer, scheduler, config, averages)
+    return TrainingModel([chunk], optimizer, scheduler, config, args, averages)
 
 
 def _transformer_config(args: Namespace) -> Any:
@@ -180,7 +186,14 @@ def _transformer_config(args: Namespace) -> Any:
     )
 
 
-def _gpt(args: Namespace, config: Any, vocab_size: int) -> torch.nn.Module:
+def build_gpt(args: Namespace, config: Any, **rotary: Any) -> torch.nn.Module:
+    """This rank's part of a GPT, its weights not loaded yet.
+
+    Args:
+        args: with Megatron-LM's names; ``padded_vocab_size`` and ``transformer_impl`` among them.
+        config: Megatron's TransformerConfig.
+        rotary: what ``GPTModel`` takes on rotary embeddings, if not its defaults.
+    """
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt import GPTModel
@@ -189,19 +202,22 @@ def _gpt(args: Namespace, config: Any, vocab_size: int) -> torch.nn.Module:
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    use_te = args.transformer_impl == "transformer_engine"
-    layer_spec = get_gpt_layer_with_transformer_engine_spec if use_te else get_gpt_layer_local_spec
+    if args.transformer_impl == "transformer_engine":
+        layer_spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        layer_spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        )
     module = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(),
-        vocab_size=padded_vocab_size(
-            vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
-        ),
+        transformer_layer_spec=layer_spec,
+        vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
+        **rotary,
     )
     module.model_type = ModelType.encoder_or_decoder
     return module
@@ -228,16 +244,17 @@ def _skip_updates_that_are_not_finite(optimizer: Any) -> None:
     optimizer.step_with_ready_grads = step_with_ready_grads
 
 
-def check_installation(args: Namespace) -> None:
-    """Fill in the defaults that depend on what is installed, and refuse what needs more.
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_transformer_impl(args: Namespace) -> None:
+    """Fill in the number format and the layers that fit this machine.
 
     Raises:
-        ValueError: naming the flag and the package that it needs.
+        ValueError: for layers whose package is not installed.
     """
-    on_gpu = torch.cuda.is_available()
-    has_te, has_apex = (
-        importlib.util.find_spec(name) is not None for name in ("transformer_engine", "apex")
-    )
+    on_gpu, has_te = torch.cuda.is_available(), _is_installed("transformer_engine")
     if args.bf16 is None:
         args.bf16 = on_gpu
     if args.transformer_impl is None:
@@ -247,6 +264,16 @@ def check_installation(args: Namespace) -> None:
             "--transformer-impl transformer_engine needs the package transformer-engine, which is "
             "not installed; use --transformer-impl local"
         )
+
+
+def check_installation(args: Namespace) -> None:
+    """Fill in the defaults that depend on what is installed, and refuse what needs more.
+
+    Raises:
+        ValueError: naming the flag and the package that it needs.
+    """
+    check_transformer_impl(args)
+    has_te, has_apex = map(_is_installed, ("transformer_engine", "apex"))
     if args.sequence_parallel and not (has_te or has_apex):
         raise ValueError(
             "--sequence-parallel needs the norms of transformer-engine or apex, neither of which "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import time
 from argparse import Namespace
@@ -19,14 +18,13 @@ from megatron_acodm.blending import DataExhausted
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron.checkpoint import load_checkpoint, save_checkpoint
 from megatron_acodm.megatron.data import (
-    ValidationSet,
     build_training_dataset,
     build_training_iterator,
     build_validation_datasets,
     get_batch,
 )
 from megatron_acodm.megatron.groups import timeout
-from megatron_acodm.megatron.measurement import SEQUENCE_LOSSES
+from megatron_acodm.megatron.losses import forward, sum_over_ranks, validation_sums
 from megatron_acodm.megatron.model import TrainingModel, build_model
 from megatron_acodm.megatron.patches import patch, unpatch
 from megatron_acodm.megatron.policy_file import save_learned_policy
@@ -35,22 +33,6 @@ from megatron_acodm.megatron.signals import ExitSignal
 from megatron_acodm.megatron.sources import DataSources, natural_weights
 
 logger = logging.getLogger(__name__)
-
-
-def loss_func(
-    loss_mask: torch.Tensor | None, output: torch.Tensor, by_sequence: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Token losses ``[micro-batch, sequence]`` to Megatron's triple: loss sum, tokens, report.
-
-    The report holds both, and with ``by_sequence`` also those of each sequence.
-    """
-    assert loss_mask is not None  # Megatron calls it on the last stage, which has the mask
-    losses = output.float() * loss_mask
-    loss, tokens = losses.sum(), loss_mask.sum()
-    report = {"lm loss": torch.stack([loss.detach(), tokens])}
-    if by_sequence:
-        report[SEQUENCE_LOSSES] = torch.stack([losses.detach().sum(1), loss_mask.sum(1)], dim=1)
-    return loss, tokens.int(), report
 
 
 class Trainer:
@@ -66,7 +48,6 @@ class Trainer:
 
         self.args = args
         self.sources = sources
-        self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.run = run_shape(args)
         names = dict(zip(sources.prefixes, sources.names, strict=True))
@@ -220,7 +201,7 @@ class Trainer:
         model.optimizer.zero_grad()
         start = time.perf_counter()
         micro_batches = count // (self.args.micro_batch_size * self.data_size)
-        reports = self._forward_backward(iterator, micro_batches, domains, False)
+        reports = self._forward_backward(iterator, micro_batches, domains)
         self.seconds["forward_backward_s"] = time.perf_counter() - start
         start = time.perf_counter()
         succeeded, grad_norm, _ = model.optimizer.step()
@@ -242,7 +223,6 @@ class Trainer:
         iterator: Any,
         num_microbatches: int,
         domains: list[list[int]] | None,
-        forward_only: bool,
     ) -> list[dict[str, torch.Tensor]]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -256,14 +236,7 @@ class Trainer:
                 data_iterator, args.micro_batch_size, args.seq_length, next(expected, None)
             )
             self.seconds["data_s"] = self.seconds.get("data_s", 0.0) + time.perf_counter() - start
-            tokens = batch.get("tokens")
-            positions = None
-            if tokens is not None:
-                positions = torch.arange(args.seq_length, device=tokens.device).expand_as(tokens)
-            output = model(tokens, positions, None, labels=batch.get("labels"))
-            return output, functools.partial(
-                loss_func, batch.get("loss_mask"), by_sequence=by_sequence
-            )
+            return forward(model, batch, by_sequence)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -272,54 +245,32 @@ class Trainer:
             num_microbatches=num_microbatches,
             seq_length=self.args.seq_length,
             micro_batch_size=self.args.micro_batch_size,
-            forward_only=forward_only,
+            forward_only=False,
         )
 
     def _mean_loss(self, reports: list[dict[str, torch.Tensor]]) -> float:
-        sums = self._sum_over_ranks(reports, [0] * len(reports), 1)[0]
+        sums = sum_over_ranks(reports, [0] * len(reports), 1)[0]
         return float(sums[0] / sums[1])
-
-    def _sum_over_ranks(
-        self, reports: list[dict[str, torch.Tensor]], rows: list[int], num_rows: int
-    ) -> torch.Tensor:
-        """``[num_rows, 2]`` loss sums and tokens, of each row, over all ranks."""
-        from megatron.core import parallel_state
-
-        sums = torch.zeros(num_rows, 2, dtype=torch.float64, device="cuda")
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            for row, report in zip(rows, reports, strict=False):
-                sums[row] += report["lm loss"].double()
-        dist.all_reduce(sums)
-        return sums.cpu()
 
     # Validation -------------------------------------------------------------------------------
 
     def _validate(self, records: Recorder) -> None:
         """Mean loss of every domain's validation text, all in one pass; collective."""
-        data: ValidationSet = self.valid_data
         args = self.args
-        batches = data.micro_batches(
-            args.micro_batch_size,
-            self.data_rank,
-            self.data_size,
-            max_sequences=args.eval_iters * args.global_batch_size,
-        )
-        if not batches:
+        if not any(self.valid_data.sizes):
             return
         records.flush()
         start = time.perf_counter()
-        for chunk in self.model.chunks:
-            chunk.eval()
-        iterator = data.iterate(batches) if self.train_data is not None else None
         averages = self.model.averages
-        with torch.no_grad(), averages.in_place() if averages else contextlib.nullcontext():
-            reports = self._forward_backward(iterator, len(batches), None, True)
-        sums = self._sum_over_ranks(reports, [domain for domain, _ in batches], len(data.names))
-        losses = {
-            name: float(row[0] / row[1])
-            for name, row in zip(data.names, sums, strict=True)
-            if row[1] > 0
-        }
+        with averages.in_place() if averages else contextlib.nullcontext():
+            sums = validation_sums(
+                self.model.chunks,
+                self.valid_data,
+                micro_batch_size=args.micro_batch_size,
+                seq_length=args.seq_length,
+                max_sequences=args.eval_iters * args.global_batch_size,
+            )
+        losses = {name: loss / tokens for name, (loss, tokens) in sums.items()}
         records.validation(self.iteration, losses, time.perf_counter() - start)
 
     # What is kept -----------------------------------------------------------------------------
