@@ -95,7 +95,8 @@ class Script:
             "rampup_batch_size": None, "tensor_model_parallel_size": 1, "iteration": 0,
             "consumed_train_samples": 0, "dataloader_type": "single", "save": None, "load": None,
             "save_interval": 2, "exit_interval": None, "iterations_to_skip": [],
-            "rejected_iteration": None, "tensorboard_dir": None, "tensorboard_writer": None,
+            "rejected_iteration": None, "distributed_timeout_minutes": 10,
+            "tensorboard_dir": None, "tensorboard_writer": None,
             "overwrites": False, "num_layers": 4, "hidden_size": 16, "num_attention_heads": 2,
             "lr": 1e-2, "world_size": 1, "data_parallel_size": 1, **arguments,
         }  # fmt: skip
