@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import NoReturn
@@ -27,14 +28,20 @@ def speak_once(parser: ArgumentParser) -> None:
         parser.exit = _exit_quietly  # type: ignore[method-assign]
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, cause: BaseException | None = None) -> NoReturn:
     """Print the error once for all ranks of a node and leave at once, whatever peers wait for.
 
     The first to fail speaks, as the others may fail because it has.
+
+    Args:
+        message: the last thing that is said.
+        cause: whose traceback is printed before it: an error that may not be what it seems.
     """
     # torchrun ends all ranks of a node when one of them has ended: not before this is said.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     if _is_first_to_fail():
+        if cause is not None:
+            traceback.print_exception(cause)
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     for helper in multiprocessing.active_children():  # Megatron's writer of checkpoints has one

@@ -34,7 +34,7 @@ def read_arguments(path: str | Path, sections: Sequence[str]) -> list[str]:
     """The command line that these sections of a job file stand for.
 
     ``name: value`` is ``--name value``, a list gives several values, and ``true`` is the flag
-    alone. What is ``false`` or empty is left out.
+    alone. What is empty is left out. ``false`` is refused, as leaving the flag out may mean yes.
 
     Raises:
         ValueError: when the file cannot be read, or holds something else.
@@ -51,8 +51,14 @@ def read_arguments(path: str | Path, sections: Sequence[str]) -> list[str]:
 
 
 def _as_words(flag: str, value: Any, place: str) -> list[str]:
-    if value is None or value is False:
+    if value is None:
         return []
+    if value is False:
+        name = flag[2:]
+        raise ValueError(
+            f"{place}: {name} is false, which no command line can say; remove the line, or give "
+            f"the script's flag against it (often no-{name}: true)"
+        )
     if value is True:
         return [flag]
     values = value if isinstance(value, list) else [value]

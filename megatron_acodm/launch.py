@@ -149,13 +149,8 @@ def _launch(args: Namespace, script: Path, theirs: list[str]) -> None:
     from megatron_acodm.megatron.hosts.megatron_lm import MegatronLM
 
     host = MegatronLM(_options(args, config))
-    try:
-        with host.running():
-            runpy.run_path(str(script), run_name="__main__")
-    except BaseException as error:
-        if message := host.explain_lost_rank(error):
-            fail(f"error: rank {rank()}: {message}")
-        raise
+    with host.running():
+        runpy.run_path(str(script), run_name="__main__")
     if not host.has_trained:
         raise ValueError(
             f"{script.name} ended without training in megatron.training's loop, so nothing was "
@@ -185,18 +180,23 @@ def _check(args: Namespace, script: Path, theirs: list[str]) -> None:
         options = _options(args, config)
     with problems.noted():
         _refuse_misplaced(script, theirs)
+    theirs = [word for word in theirs if not word.startswith("--acodm-") and word != "--check"]
+    is_readable = False
+    with problems.noted():
         theirs = _script_arguments(args, theirs)
+        is_readable = True
     told = args.check or os.environ.get("WORLD_SIZE")
     ranks = int(told or fewest_ranks(theirs))
     check = Check(options, problems)
-    with problems.noted():
-        _become(script, theirs)
-        if not torch.cuda.is_available():
-            # What cannot be imported, the check of the host's symbols will name.
-            with contextlib.suppress(ImportError):
-                cpu.prepare_megatron_lm()
-        sys.argv[1:] = expand_manifests(theirs)
-        check.run(script, ranks)
+    if is_readable:  # else the script's arguments are not known
+        with problems.noted():
+            _become(script, theirs)
+            if not torch.cuda.is_available():
+                # What cannot be imported, the check of the host's symbols will name.
+                with contextlib.suppress(ImportError):
+                    cpu.prepare_megatron_lm()
+            sys.argv[1:] = expand_manifests(theirs)
+            check.run(script, ranks)
     if problems.found:
         where = "" if rank() == 0 else f" on {platform.node()}"
         listed = "".join(f"\n- {problem}" for problem in problems.found)

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DataExhausted as error:  # on every rank, after the last checkpoint
         ended_early = f"error: {error}"
     except OSError as error:
-        fail(f"error: rank {rank()}: {error}")
+        fail(f"error: rank {rank()}: {error}", error)
     except BaseException as error:
         _end_if_a_rank_is_lost(error, args, trainer)
         raise
@@ -61,7 +61,7 @@ def _end_if_a_rank_is_lost(error: BaseException, args: Namespace, trainer: Train
     if (said := lost_rank(error)) is None:
         return
     minutes, iteration = args.distributed_timeout_minutes, trainer.iteration if trainer else 0
-    fail(f"error: rank {rank()}: {explain_lost_rank(said, minutes, args.save, iteration)}")
+    fail(f"error: rank {rank()}: {explain_lost_rank(said, minutes, args.save, iteration)}", error)
 
 
 def _set_up(args: Namespace) -> Trainer:

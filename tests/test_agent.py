@@ -163,6 +163,21 @@ def test_the_actor_respects_floor_and_ceiling() -> None:
         assert bounds.contains(agent.act(state), tolerance=1e-6)
 
 
+def test_where_the_floor_leaves_no_choice_the_mixture_is_the_floor() -> None:
+    bounds = Bounds.build(np.ones(DOMAINS, bool), 1 / DOMAINS, 1.0)
+    agent = DDPGAgent(CONFIG, STATE, np.full(DOMAINS, 1 / DOMAINS), bounds, seed=1)
+    agent.lean_on(np.array([0.8, 0.1, 0.1]))
+    assert agent.act(torch.randn(STATE)) == pytest.approx(np.full(DOMAINS, 1 / DOMAINS))
+
+
+def test_another_prior_is_the_mixture_of_a_fresh_actor() -> None:
+    agent = DDPGAgent(CONFIG, STATE, PRIOR, BOUNDS, seed=1)
+    agent.lean_on(np.array([0.2, 0.7, 0.1]))
+    assert agent.act(torch.zeros(STATE)) == pytest.approx(np.array([0.2, 0.7, 0.1]), abs=0.02)
+    mixtures = torch.tensor([[0.2, 0.7, 0.1]])
+    assert agent.actor.network.distance_from_prior(mixtures).item() == pytest.approx(0.0, abs=1e-6)
+
+
 def test_the_replay_forgets_the_oldest_and_continues_exactly() -> None:
     replay = ReplayBuffer(4, STATE, DOMAINS, recency=3.0, seed=1)
 

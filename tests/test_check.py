@@ -165,6 +165,8 @@ def test_a_checkpoint_is_held_against_the_run(
 def test_the_layout_says_how_many_ranks_are_needed() -> None:
     words = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size=2", "--lr", "1"]
     assert fewest_ranks(words) == 8
+    size = "--tensor-model-parallel-size"
+    assert fewest_ranks([size, "4", f"{size}=2"]) == 2  # the last one wins
     assert fewest_ranks([]) == 1
 
 

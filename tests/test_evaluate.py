@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -336,6 +339,27 @@ def test_objects_that_are_not_known_to_be_safe_are_not_loaded(
     torch.save({"args": pytest.MonkeyPatch}, common)
     with pytest.raises(ValueError, match="cannot be read safely"):
         open_checkpoint(tmp_path / "strange", None, 1)
+
+
+class _Touch:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.file}",)
+
+
+def test_a_list_of_tensors_that_runs_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from megatron_acodm.evaluation.checkpoint import open_checkpoint
+
+    shutil.copytree(checkpoint, tmp_path / "strange")
+    listed = tmp_path / "strange" / "iter_0000003" / ".metadata"
+    listed.write_bytes(pickle.dumps(_Touch(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"cannot be read safely.*it names posix\.system"):
+        open_checkpoint(tmp_path / "strange", None, 1)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_tasks_without_the_harness_name_what_to_install(

@@ -28,7 +28,6 @@ arguments:
   data-path: [0.5, a, 0.5, b]
   train-iters: 2
   overlap-grad-reduce: true
-  sequence-parallel: false
   save:
 megatron_lm: {swiglu: true}
 """
@@ -65,6 +64,7 @@ def test_a_script_of_megatron_lm_takes_both_sections(job: Path) -> None:
     [
         ("arguments: [1]", r"arguments must be a mapping, not \[1\]"),
         ("arguments: {lr: {a: 1}}", r"arguments: lr is \{'a': 1\}; give a value"),
+        ("arguments: {bf16: false}", r"bf16 is false, .* \(often no-bf16: true\)"),
         ("arguments: {", "is not valid YAML"),
     ],
 )
@@ -101,3 +101,7 @@ def test_a_manifest_stands_for_its_datasets_and_tokenizer(corpus: Corpus) -> Non
     assert expand_manifests(given)[:3] == given[:3]
     assert "NullTokenizer" not in expand_manifests(given)
     assert expand_manifests(["--load", manifest]) == ["--load", manifest]
+    joined = expand_manifests(["--tokenizer-type=X", f"--data-path={manifest}"])
+    assert joined[:2] == ["--tokenizer-type=X", "--data-path"] and len(joined) == 5
+    overridden = expand_manifests(["--data-path", "no/manifest.json", "--data-path", "1.0", "a"])
+    assert overridden == ["--data-path", "1.0", "a"]

@@ -82,6 +82,14 @@ def test_a_domain_that_cannot_be_learned_does_not_become_the_objective() -> None
     assert mixture[4] / mixture[3] == pytest.approx(0.5 / 0.35 * np.e)  # as without the others
 
 
+def test_nor_does_it_among_few_domains_or_with_a_loss_beyond_all_bounds() -> None:
+    for counts in (np.full(2, 0.5), np.full(3, 1 / 3), np.array([0.4, 0.3, 0.3])):
+        objective = Objective("perplexity", counts)
+        objective.observe(np.array([1e5] + [3.0] * (len(counts) - 1)))
+        assert objective.mixture.sum() == pytest.approx(1.0)
+        assert objective.mixture[0] == pytest.approx((1 + counts[0]) / 2)
+
+
 def test_it_continues_from_its_state() -> None:
     left, right = Objective("perplexity", COUNTS), Objective("perplexity", COUNTS)
     left.observe(LOSS)

@@ -16,6 +16,22 @@ from megatron_acodm.megatron.checkpoint import TRACKER
 _METADATA = "metadata.json"
 _LEGACY_FILE = "model_optim_rng.pt"
 _WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+_TENSORS = ".metadata"
+_DCP = "torch.distributed.checkpoint"
+_LISTED = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    f"{_DCP}.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    f"{_DCP}.metadata": (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    f"{_DCP}.planner": (
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    ),
+}  # fmt: skip
+"""What the list of a checkpoint's tensors is made of, by module."""
+
 # Where layers with fused norms (TransformerEngine's) keep what the others keep in modules.
 _FUSED_NORMS = (
     (
@@ -129,6 +145,7 @@ def _open_distributed(folder: Path, iteration: int | None) -> Checkpoint:
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     try:
+        _refuse_code(folder / _TENSORS)
         common = dist_checkpointing.load_common_state_dict(str(folder))
         tensors = dist_checkpointing.load_tensors_metadata(str(folder))
     except (CheckpointingException, OSError) as error:
@@ -139,6 +156,25 @@ def _open_distributed(folder: Path, iteration: int | None) -> Checkpoint:
     if embeddings is None:
         raise ValueError(f"{folder} has no {_WORD_EMBEDDINGS}; it is not that of a GPT")
     return Checkpoint(folder, iteration, common.get("args"), embeddings.global_shape[0], None)
+
+
+class _MetadataReader(pickle.Unpickler):
+    """Reads the list of tensors as torch will, but knows no function that could do harm.
+
+    torch reads that file with plain pickle, which runs what the file names.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What ``module`` and ``name`` stand for, if a list of tensors may hold it."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _LISTED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _refuse_code(file: Path) -> None:
+    with open(file, "rb") as stream:
+        _MetadataReader(stream).load()
 
 
 def _open_legacy(folder: Path, iteration: int | None, tensor_parallel_size: int) -> Checkpoint:

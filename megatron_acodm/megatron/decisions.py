@@ -230,6 +230,8 @@ class Decisions:
             # Rewards for another objective, or of other gradients, must not be averaged with the
             # saved ones.
             "objective": self._config.mixing.agent.objective,
+            # The first mixture says how much a domain counts in the objective.
+            "initial weights": self._config.mixing.initial_weights,
             "alignment": {
                 name: value
                 for name, value in asdict(self._config.alignment).items()

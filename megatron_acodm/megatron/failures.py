@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_acodm.megatron.compat import UnsupportedHostError
@@ -17,7 +18,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 _SIGNS = re.compile(
     r"connection (closed|reset|refused)|pair closure|broken pipe|socket (closed|error|timeout)"
-    r"|timed out waiting|wait timeout|failed to recv|could not receive|remote process exited",
+    r"|timed out waiting|wait timeout|failed to recv|could not receive|remote process exited"
+    r"|watchdog caught collective operation timeout|nccl communicator was aborted",
     re.IGNORECASE,
 )
 """What gloo, NCCL and torch's store say of a rank that is gone; they have no exceptions for it."""
@@ -51,7 +53,7 @@ def explain_lost_rank(said: str, minutes: float, save: str | None, iteration: in
     where = f"in or after step {iteration}" if iteration else "before the first step"
     return (
         f"another rank is gone, or did not answer within {minutes:g} minutes "
-        f"(--distributed-timeout-minutes), {where}: {said}. {_how_to_go_on(save)}"
+        f"(distributed-timeout-minutes), {where}: {said}. {_how_to_go_on(save)}"
     )
 
 
@@ -61,7 +63,9 @@ def naming_failed_save(root: str | Path, iteration: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        if isinstance(error, UnsupportedHostError) or lost_rank(error) is not None:
+        if isinstance(error, UnsupportedHostError) or _is_of_the_device(error):
+            raise
+        if lost_rank(error) is not None:
             raise
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         with contextlib.suppress(OSError):
@@ -80,7 +84,18 @@ def _how_to_go_on(save: str | None) -> str:
     if not tracker.is_file():
         return f"There is no checkpoint in {save} yet: the same command starts over"
     step = tracker.read_text(encoding="utf-8").strip()
+    if not step.isdigit():
+        return f"The same command, with --load {save}, starts from the weights there"
     return f"The same command, with --load {save}, goes on after step {step}"
+
+
+def _is_of_the_device(error: BaseException) -> bool:
+    """Whether an error of the GPU surfaced here, as it may wherever the host waits for it."""
+    signs = ("CUDA error", "CUDA out of memory", "NCCL error", "device-side assert")
+    return any(
+        isinstance(cause, torch.OutOfMemoryError) or any(sign in str(cause) for sign in signs)
+        for cause in _causes(error)
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

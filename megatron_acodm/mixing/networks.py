@@ -69,8 +69,9 @@ class Actor(nn.Module):
         """
         self._prior = prior
         active, floor = self.bounds.active, self.bounds.floor
-        share = np.maximum(prior - floor, FLOOR_MARGIN * (1.0 / active.sum() - floor))
-        log_share = np.log(share, where=active & (share > 0.0), out=np.full(len(prior), -np.inf))
+        least = np.maximum(FLOOR_MARGIN * (1.0 / active.sum() - floor), 1e-9)  # 0 where floor = 1/K
+        share = np.maximum(prior - floor, least)
+        log_share = np.log(share, where=active, out=np.full(len(prior), -np.inf))
         self.log_prior.copy_(torch.from_numpy(log_share))
 
     def forward(self, states: Tensor) -> Tensor:

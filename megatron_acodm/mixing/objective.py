@@ -13,8 +13,11 @@ _LOSS_SMOOTHING = 0.9
 """Share of the average that a step's loss leaves."""
 
 _LARGEST_FACTOR = 4.0
-"""A domain of a high loss counts for at most this often its first weight: a domain that cannot be
-learned (hashes, broken text) would else become the objective."""
+"""A domain of a high loss counts for at most this often its first weight a, and for at most
+(1 + a) / 2. One that cannot be learned (hashes, broken text) would else become the objective."""
+
+_LOWEST_EXPONENT = -50.0
+"""Perplexities below the largest by more than this power of e are as good as 0."""
 
 
 class Objective:
@@ -25,7 +28,8 @@ class Objective:
     domain i is worth. With a the first mixture, which says how much each domain counts,
 
     - ``perplexity``: F = sum_j a_j exp(l_j), the mean perplexity, and
-      c_j ~ a_j exp(l_j), at most 4 a_j;
+      c_j ~ a_j exp(l_j), cut at 4 a_j and
+      at (1 + a_j) / 2;
     - ``loss``: F = sum_j a_j l_j, the mean loss; c = a;
     - ``batch``: c are the shares of the batch, and j = i is left out: the paper's reading. No
       mixture descends on it, so the first one takes that place.
@@ -62,8 +66,10 @@ class Objective:
         if self.name != "perplexity" or not known.any():
             return self._counts
         filled = np.where(np.isfinite(self._loss), self._loss, self._loss[known].mean())
-        worth = self._counts * np.exp(filled - filled[known].max())
-        limit = _LARGEST_FACTOR * self._counts
+        exponents = np.clip(filled - filled[known].max(), _LOWEST_EXPONENT, 0.0)
+        worth = self._counts * np.exp(exponents)
+        limit = np.minimum(_LARGEST_FACTOR * self._counts, 0.5 * (1.0 + self._counts))
+        limit[self._counts == 0.0] = 0.0
         mixture = worth / worth.sum()
         while (mixture > limit).any():  # what is cut goes to the others, which may be cut next
             cut = mixture >= limit

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import itertools
+import math
 import os
 import runpy
 import sys
@@ -59,11 +60,12 @@ def fewest_ranks(script_arguments: Sequence[str]) -> int:
     """How many ranks the layout of a script's arguments takes at least."""
     words = [word for argument in script_arguments for word in argument.split("=", 1)]
     flags = {f"--{name.replace('_', '-')}" for name in _MODEL_PARALLEL}
-    ranks = 1
-    for flag, value in itertools.pairwise(words):
-        if flag in flags and value.isdigit():
-            ranks *= max(1, int(value))
-    return ranks
+    sizes = {
+        flag: max(1, int(value))
+        for flag, value in itertools.pairwise(words)
+        if flag in flags and value.isdigit()  # the last one wins, as with argparse
+    }
+    return math.prod(sizes.values())
 
 
 class Check:

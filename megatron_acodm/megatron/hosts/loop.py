@@ -19,9 +19,15 @@ from typing import Any
 
 from megatron_acodm.blending import DataExhausted
 from megatron_acodm.config import AcodmConfig
+from megatron_acodm.door import fail, rank
 from megatron_acodm.megatron import patches
 from megatron_acodm.megatron.compat import UnsupportedHostError, check_host_version, host_symbol
-from megatron_acodm.megatron.failures import explain_lost_rank, lost_rank, naming_failed_save
+from megatron_acodm.megatron.failures import (
+    SaveFailed,
+    explain_lost_rank,
+    lost_rank,
+    naming_failed_save,
+)
 from megatron_acodm.megatron.hosts.checkpoints import CheckpointLifeCycle
 from megatron_acodm.megatron.hosts.records import HostRecorder, default_run_dir
 from megatron_acodm.megatron.mixer import Mixer
@@ -280,6 +286,8 @@ class HostLoop(ABC):
     def running(self) -> Iterator[None]:
         """Around the host's run: patches the host, and closes what was opened.
 
+        A save that fails, or a rank that is gone, ends this rank: its peers may wait for it.
+
         Raises:
             DataExhausted: when the data did not last, and the user wants that to be an error.
             UnsupportedHostError: when the host is not known.
@@ -290,6 +298,12 @@ class HostLoop(ABC):
             self._finish()
         except SystemExit:  # the host's way to end at a time, a step or a signal
             self._finish()
+            raise
+        except SaveFailed as error:
+            fail(f"error: rank {rank()}: {error}", error)
+        except BaseException as error:
+            if message := self._explain_lost_rank(error):
+                fail(f"error: rank {rank()}: {message}", error)
             raise
         finally:
             self._close()
@@ -314,7 +328,7 @@ class HostLoop(ABC):
                 f"{mixer.exhausted}"
             )
 
-    def explain_lost_rank(self, error: BaseException) -> str | None:
+    def _explain_lost_rank(self, error: BaseException) -> str | None:
         """The message on a rank that is gone, if that is why the run ended."""
         if self.mixer is None or (said := lost_rank(error)) is None:
             return None

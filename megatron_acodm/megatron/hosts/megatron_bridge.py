@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_acodm.megatron import patches
 from megatron_acodm.megatron.compat import UnsupportedHostError, host_symbol
+from megatron_acodm.megatron.groups import set_timeout
 from megatron_acodm.megatron.hosts.checkpoints import CheckpointLifeCycle
 from megatron_acodm.megatron.hosts.loop import Function, HostLoop, LaunchOptions, Replacement
 from megatron_acodm.megatron.hosts.refusals import refuse_all, unsupported
@@ -29,7 +30,7 @@ _PATHS = {
     ),
     "dataset": ("dataloader_type",),
     "ddp": ("overlap_param_gather", "use_megatron_fsdp"),
-    "dist": ("use_torch_fsdp2",),
+    "dist": ("distributed_timeout_minutes", "use_torch_fsdp2"),
     "logger": ("tensorboard_dir", "tensorboard_log_interval"),
     "model": (
         "cuda_graph_impl", "cuda_graph_scope", "delay_wgrad_compute", "enable_cuda_graph",
@@ -128,6 +129,7 @@ class MegatronBridge(HostLoop):
                 config,
             )
             self._checkpoints = CheckpointLifeCycle(self.host, checkpoint_folder)
+            set_timeout(self._state.cfg.dist.distributed_timeout_minutes)
             return original(*args, **kwargs)
 
         return setup
