@@ -250,7 +250,10 @@ def test_our_checkpoints_load_without_us_and_plain_ones_with_us(
     plain = pretrain(load, "checkpoint.ckpt_step=4", f"checkpoint.save={tmp_path}", mixed=False)
     assert plain.code == 0, plain.output
     assert len(plain.printed_losses) == 2
-    resumed = pretrain(f"checkpoint.load={tmp_path}", "train.train_iters=8")
+    resumed = pretrain(
+        f"checkpoint.load={tmp_path}", "train.train_iters=8",
+        "scheduler.override_opt_param_scheduler=true",  # which else refuses a longer run
+    )  # fmt: skip
     assert resumed.code == 0, resumed.output
     assert [step["iteration"] for step in resumed.steps] == [7, 8]
 
