@@ -347,6 +347,7 @@ def _square_slowly(number: int) -> int:
 
 
 def test_results_come_in_order_and_tasks_are_taken_only_as_needed() -> None:
+    others = set(multiprocessing.active_children())  # such as Megatron's writer of checkpoints
     taken = 0
 
     def tasks() -> Iterator[int]:
@@ -360,7 +361,7 @@ def test_results_come_in_order_and_tasks_are_taken_only_as_needed() -> None:
             assert result == returned**2
             assert taken <= returned + 3 * pool._WINDOW
     assert returned == taken == 100
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_results_come_as_soon_as_they_are_there_when_their_order_does_not_matter() -> None:

@@ -144,12 +144,13 @@ class KilledEncoder(encoder.ChunkEncoder):
 def test_a_killed_worker_ends_the_run_with_an_error(
     texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    others = set(multiprocessing.active_children())  # such as Megatron's writer of checkpoints
     monkeypatch.setattr(shard, "ChunkEncoder", KilledEncoder)
     source = write(tmp_path / "a.jsonl", records(texts))
     with pytest.raises(WorkerDied, match="was killed by SIGKILL; .* lower --workers"):
         run(source, tmp_path / "out", workers=2)
     assert not (tmp_path / "out").exists()
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 class SlowEncoder(encoder.ChunkEncoder):
