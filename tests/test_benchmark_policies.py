@@ -20,6 +20,7 @@ from conftest import ENVIRONMENT, REPOSITORY, Corpus, Train
 from host import tiny_model
 
 from megatron_acodm.metrics import MetricsWriter, RunInfo, domain_metrics, write_run_info
+from megatron_acodm.mixing.transfer import load_policy
 from megatron_acodm.reporting.comparison import (
     METRICS,
     Comparison,
@@ -168,7 +169,13 @@ def write_config(path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["policies_smoke.yaml", "policies_minipile.yaml", "sensitivity_minipile.yaml"]
+    "name",
+    [
+        "policies_smoke.yaml",
+        "policies_minipile.yaml",
+        "sensitivity_minipile.yaml",
+        "transfer_minipile.yaml",
+    ],
 )
 def test_shipped_configs_are_sound_and_validate_the_whole_split(corpus: Corpus, name: str) -> None:
     manifest = str(corpus.manifest)
@@ -191,6 +198,18 @@ def test_shipped_configs_are_sound_and_validate_the_whole_split(corpus: Corpus, 
          "policy a: mixing.policy is 'adm'"),
         ({"policies": {"a/b": {}}, "references": ["a/b"]}, "names a folder"),
         ({"trainer": {"seed": 3}}, "trainer.seed is set by the benchmark"),
+        ({"policies": {"a": {"trainer": {"lr": 1.0}}}, "references": ["a"]},
+         "policy a: .*unknown .*trainer"),
+        ({"proxies": {"odm": {}}}, "two runs of the name odm"),
+        ({"proxies": {"small": {"trainer": {"hidden-size": 31}}}},
+         "--hidden-size 31 is not a multiple"),
+        ({"policies": {"a": {"mixing": {"policy": "frozen"}, "learned_from": "b"}},
+          "references": ["a"]}, "learned_from names 'b', which is not in the file"),
+        ({"policies": {"a": {"mixing": {"policy": "frozen"}, "learned_from": "b"},
+                       "b": {"mixing": {"policy": "odm"}}}, "references": ["b"]},
+         "learned_from names 'b', which is no policy acodm"),
+        ({"policies": {"a": {"learned_from": "b"}, "b": {}}, "references": ["b"]},
+         "learned_from is for policy 'frozen'"),
     ],
 )  # fmt: skip
 def test_a_bad_config_is_refused_before_anything_runs(
@@ -298,6 +317,35 @@ def test_other_settings_do_not_mix_with_finished_runs(
     plan = load_tool().read_plan(config, str(corpus.manifest), str(validation))
     with pytest.raises(ValueError, match=r"other settings \(trainer.lr was 0.005, is 0.001\)"):
         load_tool().plan_runs(plan, folder)
+
+
+def test_a_policy_is_driven_by_what_a_proxy_of_its_seed_learned(
+    tmp_path: Path, corpus: Corpus, validation: Path
+) -> None:
+    mixing = {"policy": "acodm", "agent": {"replay_batch_size": 4}}
+    config = write_config(
+        tmp_path / "config.yaml",
+        seeds=[1],
+        proxies={"small": {"trainer": {"num-layers": 1}, "mixing": mixing}},
+        # The driven run comes first in the file, and must wait for the proxy's.
+        policies={
+            "driven": {"mixing": {"policy": "frozen"}, "learned_from": "small"},
+            "uniform": {"mixing": {"policy": "uniform"}},
+        },
+        references=["uniform"],
+    )
+    command = [sys.executable, str(TOOL), str(config), "--output", str(tmp_path), "--jobs", "2"]
+    command += ["--data-path", str(corpus.manifest), "--valid-data-path", str(validation)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.index("small, seed 1") < result.stdout.index("driven, seed 1")
+    figures = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert set(figures["policies"]) == {"driven", "uniform"}
+    runs = tmp_path / "runs"
+    learned = load_policy(runs / "small" / "seed_1" / "policy")
+    assert learned.provenance["num_layers"] == 1
+    weights = Run.load(runs / "driven" / "seed_1").weights
+    assert not np.allclose(weights, Run.load(runs / "uniform" / "seed_1").weights)
 
 
 RECORDING = """

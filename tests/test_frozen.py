@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from toy import ToyEnvironment, block_gram, play
 
 from megatron_acodm.config import AgentConfig, MixingConfig
@@ -181,3 +182,12 @@ def test_damaged_missing_and_foreign_files_are_refused(file: Path, tmp_path: Pat
     save_state(copy, {"kind": "megatron_acodm policy", "schema": "losses; 0"} | content)
     with pytest.raises(ValueError, match="is shown 'losses; 0'; this version shows 'samples"):
         _frozen(copy)
+
+
+def test_a_frozen_run_leaves_the_hosts_random_numbers_alone(file: Path) -> None:
+    """Else rank 0, which alone builds the policy, would begin with other weights than the rest."""
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    play(MixingController(_frozen(file)), LargerModel(block_gram(6, 3), 1, 10))
+    assert torch.equal(torch.rand(4), expected)

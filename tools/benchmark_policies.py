@@ -7,6 +7,10 @@ the trainer's --acodm-config holds), and `references` (the policies to compare w
 all policies start from the same weights and draw each domain's sequences in the same order (but for
 that within a step), so that their differences are paired; each validation is of the whole split.
 
+`proxies` are like `policies`, but each may hold a `trainer` section of its own on top of the common
+one (a smaller model, fewer steps), and they are not compared. A policy `frozen` that says
+`learned_from: NAME` is driven by what that proxy or policy `acodm` learned with the same seed.
+
 OUTPUT/runs/POLICY/seed_N holds each run. A finished run is not repeated; one that was interrupted
 starts over, or goes on from its checkpoint where `trainer` has a save-interval. results.json,
 table.md and the plots are written when all are finished.
@@ -41,10 +45,12 @@ from megatron_acodm.reporting.comparison import Comparison, tables
 from megatron_acodm.reporting.comparison_plots import write_plots
 from megatron_acodm.reporting.run import Run
 
-KEYS = ("train", "valid", "trainer", "seeds", "policies", "references")
+KEYS = ("train", "valid", "trainer", "seeds", "proxies", "policies", "references")
 OWN_FLAGS = ("run-dir", "seed", "data-path", "valid-data-path", "eval-iters", "save", "load",
              "exit-interval", "data-cache-path")  # fmt: skip
 FILE_KEYS = ("weights_file", "policy_file")  # of a policy's mixing section
+OWN_KEYS = ("learned_from", "trainer")  # of a run's section, for this tool
+POLICY_FILE = "policy"  # in the folder of a run that others learn from
 TAIL_LINES = 15
 
 
@@ -54,6 +60,7 @@ class Plan:
 
     flags: list[str]  # of the trainer, the same for all runs
     seeds: list[int]
+    proxies: dict[str, dict[str, Any]]  # what runs before the policies, and is not compared
     policies: dict[str, dict[str, Any]]
     references: list[str]
     settings: dict[str, Any]  # what decides the figures of every run
@@ -67,6 +74,13 @@ class PlannedRun:
     policy: str
     seed: int
     folder: Path
+    flags: tuple[str, ...] = ()  # of this run's trainer, beyond the plan's
+    source: Path | None = None  # folder of the run whose policy drives it
+
+    @property
+    def startable(self) -> bool:
+        """Whether the run that it depends on has ended."""
+        return self.source is None or (self.source / "finished.json").is_file()
 
     @property
     def finished(self) -> bool:
@@ -104,10 +118,16 @@ def read_plan(path: Path, train: str | None, valid: str | None) -> Plan:
         elif given is None:
             flag = "--data-path" if name == "train" else "--valid-data-path"
             raise ValueError(f"{path} names no manifest under {name!r}; add it, or give {flag}")
-    policies = {
-        str(name): _policy(str(name), section, path.parent)
-        for name, section in dict(content.get("policies") or {}).items()
-    }
+    sections: dict[str, dict[str, Any]] = {}
+    for kind in ("proxies", "policies"):
+        for name, section in dict(content.get(kind) or {}).items():
+            if name in sections:
+                raise ValueError(f"{path}: there are two runs of the name {name}")
+            sections[str(name)] = _policy(str(name), section, path.parent, kind == "proxies")
+    for name, section in sections.items():
+        _check_source(name, section, sections)
+    proxies = {name: sections.pop(str(name)) for name in dict(content.get("proxies") or {})}
+    policies = sections
     references = list(content.get("references") or [])
     if not references or not set(references) <= set(policies):
         raise ValueError(f"references are {references}; name some of {', '.join(policies)}")
@@ -117,6 +137,9 @@ def read_plan(path: Path, train: str | None, valid: str | None) -> Plan:
     ]
     args = build_parser().parse_args([*flags, "--run-dir", "unused"])
     check_arguments(args)
+    for proxy in proxies.values():
+        own = _flags(proxy.get("trainer", {}))
+        check_arguments(build_parser().parse_args([*flags, *own, "--run-dir", "unused"]))
     if args.eval_interval == 0:
         raise ValueError("eval-interval is 0; without validations there is nothing to compare")
     valid_manifest = Manifest.load(str(manifests["valid"]))
@@ -129,6 +152,7 @@ def read_plan(path: Path, train: str | None, valid: str | None) -> Plan:
     return Plan(
         flags,
         _seeds(content.get("seeds")),
+        proxies,
         policies,
         references,
         settings,
@@ -143,8 +167,8 @@ def _seeds(value: Any) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def _policy(name: str, section: Any, folder: Path) -> dict[str, Any]:
-    """A policy's section, checked, with its files' paths taken from the config's folder."""
+def _policy(name: str, section: Any, folder: Path, proxy: bool) -> dict[str, Any]:
+    """A run's section, checked, with its files' paths taken from the config's folder."""
     if not re.fullmatch(r"[\w.+=-]+", name):
         raise ValueError(f"policy {name!r} names a folder; use letters, digits and . _ + = - only")
     section = json.loads(json.dumps(section or {}))  # a copy
@@ -153,10 +177,29 @@ def _policy(name: str, section: Any, folder: Path) -> dict[str, Any]:
         if isinstance(mixing.get(key), str):
             mixing[key] = str((folder / mixing[key]).resolve())
     try:
-        AcodmConfig.from_dict(section)
+        AcodmConfig.from_dict(_mix(section, ("learned_from", "trainer" if proxy else "")))
     except ValueError as error:
         raise ValueError(f"policy {name}: {error}") from error
     return section
+
+
+def _mix(section: dict[str, Any], left_out: Sequence[str] = OWN_KEYS) -> dict[str, Any]:
+    """What the trainer's --acodm-config is to hold."""
+    return {key: value for key, value in section.items() if key not in left_out}
+
+
+def _check_source(name: str, section: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:
+    mixing, source = section.get("mixing", {}), section.get("learned_from")
+    if source is None:
+        return
+    if mixing.get("policy") != "frozen" or "policy_file" in mixing:
+        raise ValueError(
+            f"policy {name}: learned_from is for policy 'frozen' without a policy_file"
+        )
+    if source not in sections:
+        raise ValueError(f"policy {name}: learned_from names {source!r}, which is not in the file")
+    if sections[source].get("mixing", {}).get("policy", "acodm") != "acodm":
+        raise ValueError(f"policy {name}: learned_from names {source!r}, which is no policy acodm")
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
@@ -188,22 +231,31 @@ def plan_runs(plan: Plan, output: Path) -> list[PlannedRun]:
         ValueError: when a folder holds a run with other settings.
     """
     runs = []
+    sections = {**plan.proxies, **plan.policies}
+    sources = {section.get("learned_from") for section in sections.values()}
     for seed in plan.seeds:
-        for policy, section in plan.policies.items():
-            run = PlannedRun(policy, seed, output / "runs" / policy / f"seed_{seed}")
-            run.folder.mkdir(parents=True, exist_ok=True)
+        for policy, section in sections.items():
+            folders = {name: output / "runs" / name / f"seed_{seed}" for name in sections}
+            folder, source = folders[policy], folders.get(section.get("learned_from", ""))
+            folder.mkdir(parents=True, exist_ok=True)
+            own = section.get("trainer", {})
             settings = {**plan.settings, "policy": section, "files": _contents(section)}
             text = json.dumps(settings, indent=2, sort_keys=True)
-            path = run.folder / "settings.json"
+            path = folder / "settings.json"
             if path.is_file() and path.read_text(encoding="utf-8") != text:
                 before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
                 raise ValueError(
-                    f"{run.folder} holds a run with other settings ({_differences(before, now)}); "
+                    f"{folder} holds a run with other settings ({_differences(before, now)}); "
                     "remove it or give another --output"
                 )
             write_atomically(path, text)
-            write_atomically(run.folder / "mix.yaml", yaml.safe_dump(section, sort_keys=False))
-            runs.append(run)
+            write_atomically(folder / "mix.yaml", yaml.safe_dump(_mix(section), sort_keys=False))
+            flags = _flags(own)
+            if policy in sources:
+                flags += ["--acodm-save-policy", str(folder / POLICY_FILE)]
+            if source is not None:
+                flags += ["--acodm-load-policy", str(source / POLICY_FILE)]
+            runs.append(PlannedRun(policy, seed, folder, tuple(flags), source))
     return runs
 
 
@@ -233,6 +285,7 @@ def command(plan: Plan, run: PlannedRun) -> list[str]:
     """The trainer's command line for a run."""
     words = [sys.executable, "-m", "megatron_acodm.train", *plan.flags, "--seed", str(run.seed)]
     words += ["--run-dir", str(run.folder), "--acodm-config", str(run.folder / "mix.yaml")]
+    words += run.flags
     if plan.keeps_checkpoints:
         checkpoints = str(run.folder / "checkpoints")
         words += ["--save", checkpoints, "--load", checkpoints]
@@ -252,8 +305,9 @@ def run_all(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> None:
     running: dict[PlannedRun, tuple[subprocess.Popen[bytes], float]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
+            while len(running) < jobs and any(run.startable for run in waiting):
+                run = next(run for run in waiting if run.startable)
+                waiting.remove(run)
                 running[run] = (_start(plan, run), time.monotonic())
             for run, (process, start) in list(running.items()):
                 if process.poll() is None:
@@ -319,7 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_all(plan, runs, options.jobs)
         loaded: dict[str, dict[int, Run]] = {policy: {} for policy in plan.policies}
         for run in runs:
-            loaded[run.policy][run.seed] = Run.load(run.folder)
+            if run.policy in loaded:
+                loaded[run.policy][run.seed] = Run.load(run.folder)
         comparison = Comparison(loaded, plan.references)
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")

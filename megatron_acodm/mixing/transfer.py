@@ -48,7 +48,8 @@ class SavedPolicy:
         """
         state_size = 3 * len(self.domains) + 2 * self.num_probes + 1
         prior = self.prior.numpy()
-        actor = Actor(state_size, self.hidden_size, self.num_layers, prior, bounds)
+        with torch.random.fork_rng(devices=[]):  # the host's random numbers must not notice
+            actor = Actor(state_size, self.hidden_size, self.num_layers, prior, bounds)
         try:
             actor.load_state_dict(self.actor)
         except RuntimeError as error:
