@@ -22,8 +22,8 @@ import warnings
 warnings.filterwarnings("ignore")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-import psutil  # noqa: E402
 import torch  # noqa: E402
+from host_doubles import crash, record_batches  # noqa: E402
 
 from megatron_acodm.megatron.hosts import cpu  # noqa: E402
 from megatron_acodm.megatron.shim import install_cpu_shim  # noqa: E402
@@ -155,29 +155,12 @@ def configuration(prefixes, cache):
     )  # fmt: skip
 
 
-def _record(path):
-    from megatron.core.models.gpt import GPTModel
-
-    forward = GPTModel.forward
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (to the process's end)
-
-    def recorded(self, input_ids, *args, **kwargs):
-        if self.training:
-            file.write(json.dumps(input_ids.tolist()) + "\n")
-            file.flush()
-        return forward(self, input_ids, *args, **kwargs)
-
-    GPTModel.forward = recorded
-
-
 def _crash_at(iteration):
     copy = shutil.copy
 
     def crashing(source, target, **kwargs):
         if f"iter_{int(iteration):07d}" in str(source) and str(target).endswith("train_state.pt"):
-            for helper in psutil.Process().children(recursive=True):
-                helper.kill()
-            os._exit(42)
+            crash()
         return copy(source, target, **kwargs)
 
     shutil.copy = crashing
@@ -203,7 +186,7 @@ def main(cache, *words):
     if os.environ.get("ASYNC"):
         _save_asynchronously(config)
     if path := os.environ.get("RECORD_TO"):
-        _record(path)
+        record_batches(path)
     if iteration := os.environ.get("CRASH_AT_SAVE"):
         _crash_at(iteration)
     if path := os.environ.get("ACODM_CONFIG"):

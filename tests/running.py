@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from conftest import ENVIRONMENT, REPOSITORY
 
 
@@ -105,3 +106,10 @@ class Running:
     def close(self) -> None:
         """Leave no process behind, nor a helper of a trainer that was killed."""
         self.lose()
+
+
+def mount(*arguments: str) -> None:
+    """Mount, or skip the test where that is not allowed."""
+    result = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    if result.returncode != 0:
+        pytest.skip(f"this test must be allowed to mount: {result.stderr.strip()}")

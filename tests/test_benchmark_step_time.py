@@ -25,7 +25,8 @@ from megatron_acodm.config import ESTIMATORS
 
 TOOL = Path(__file__).parents[1] / "tools" / "benchmark_step_time.py"
 NAMES = ["the static blend", "static under the mixer"]
-NAMES += [f"acodm, {estimator}" for estimator in ESTIMATORS]
+LEARNING = [f"acodm, {estimator}" for estimator in ESTIMATORS]
+NAMES += [*LEARNING, "frozen", "odm", "ado", "pike, sketch"]
 TINY = [
     *("--shape", "pythia-14m", "--num-layers", "4", "--seq-length", "16", "--vocab-size", "256"),
     *("--micro-batch-size", "2", "--micro-batches", "6", "--domains", "3", "--rounds", "6"),
@@ -78,7 +79,9 @@ def test_candidates_take_turns_on_one_model_and_each_goes_on_with_its_own_run(
 
 def test_the_agent_learns_in_every_timed_step(setting: Any) -> None:
     trainer, candidates = setting
-    for candidate in candidates[2:]:
+    for candidate in candidates:
+        if candidate.name not in LEARNING:
+            continue
         losses = set()
         for _ in range(2):
             trainer.measure(candidate)
@@ -88,9 +91,10 @@ def test_the_agent_learns_in_every_timed_step(setting: Any) -> None:
 
 def test_a_policy_that_takes_no_part_ends_the_benchmark(setting: Any) -> None:
     trainer, candidates = setting
-    candidates[-1].mixer.controller.policy.agent.update = None  # fails, and the run would go on
+    learner = next(candidate for candidate in candidates if candidate.name in LEARNING)
+    learner.mixer.controller.policy.agent.update = None  # fails, and the run would go on
     with pytest.raises(RuntimeError, match="took no part in a step"):
-        trainer.measure(candidates[-1])
+        trainer.measure(learner)
 
 
 def test_megatron_and_the_model_are_as_before_after_a_candidates_step(
@@ -208,3 +212,13 @@ def test_the_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> No
     assert rows["acodm, exact"]["reduced_bytes"] > 4 * numbers
     assert rows["acodm, sketch"]["reduced_bytes"] < 4 * numbers
     assert rows["static under the mixer"]["reduced_bytes"] < 1000
+    assert rows["frozen"]["reduced_bytes"] < 1000 < rows["pike, sketch"]["reduced_bytes"]
+
+
+def test_only_the_candidates_asked_for_are_timed(tool: ModuleType) -> None:
+    start_megatron()
+    options, args = tool.parse_arguments([*TINY, "--candidates", "frozen"])
+    candidates = tool.build_candidates(args, 3, options.candidates)
+    assert [candidate.name for candidate in candidates] == ["the static blend", "frozen"]
+    with pytest.raises(ValueError, match="no candidate 'doge'; they are static under the mixer"):
+        tool.build_candidates(args, 3, ["doge"])

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, Corpus
+from running import Running
 from test_launch import Trained, _domain_of
 
 from megatron_acodm import AcodmConfig, bridge
@@ -125,22 +128,35 @@ class Pretrain:
     ) -> Trained:
         self._count += 1
         run_dir = run_dir or self._folder / f"run{self._count}"
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nproc-per-node", str(processes)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        policy = {"ACODM_CONFIG": self._config, "RUN_DIR": str(run_dir)} if mixed else {}
+        command, own = self._command(processes, settings, run_dir if mixed else None)
         result = subprocess.run(
-            [*command, str(SCRIPT), str(self._folder / "cache"), *self._prefixes, *settings],
-            env={**ENVIRONMENT, "CUDA_DEVICE_MAX_CONNECTIONS": "1", **policy,
-                 "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
-                 **(environment or {})},
+            command,
+            env={**ENVIRONMENT, **own, **(environment or {})},
             cwd=self._folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=300,
-        )  # fmt: skip
+        )
         return Trained(result.returncode, result.stdout, run_dir)
+
+    def start(self, folder: Path, *settings: str) -> Running:
+        """Begin a run of two processes, and return while it goes on."""
+        command, environment = self._command(2, settings, folder / "metrics")
+        return Running(command, folder / "metrics", folder / "log.txt", environment)
+
+    def _command(
+        self, processes: int, settings: Sequence[str], run_dir: Path | None
+    ) -> tuple[list[str], dict[str, str]]:
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += ["--nproc-per-node", str(processes)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(SCRIPT)]
+        command += [str(self._folder / "cache"), *self._prefixes, *settings]
+        path = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
+        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": path}
+        if run_dir is not None:
+            environment |= {"ACODM_CONFIG": self._config, "RUN_DIR": str(run_dir)}
+        return command, environment
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +306,21 @@ def test_what_does_not_work_is_refused_before_the_model_is_built(pretrain: Pretr
     assert "dataset.dataloader_type is 'cyclic'" in run.output
     assert "dist.use_decentralized_pg must be False" in run.output
     assert "number of parameters" not in run.output
+
+
+def test_a_killed_rank_ends_the_others_with_one_message(pretrain: Pretrain, tmp_path: Path) -> None:
+    saving = [*_saving(tmp_path), "checkpoint.save_interval=3"]
+    running = pretrain.start(tmp_path, *saving, "train.train_iters=400",
+                             "scheduler.lr_decay_iters=400")  # fmt: skip
+    try:
+        running.wait_for_step(5)
+        running.trainer(1).kill()
+        assert running.wait(90) != 0
+    finally:
+        running.close()
+    (message,) = re.findall(r"(?m)^error: rank \d+: .*$", running.output)
+    assert message.startswith("error: rank 0: another rank is gone, or did not answer"), message
+    assert re.search(r"goes on after step \d+$", message), message
 
 
 def test_the_container_is_what_a_run_is_told_by() -> None:

@@ -10,15 +10,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, Corpus
+from running import Running, mount
 
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
 STEPS = 6
@@ -39,13 +42,19 @@ MODEL = [
 ]
 
 
+HOST_ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTHONPATH": f"{REPOSITORY}:{CHECKOUT}",
+}
+
+
 def _why_not() -> str | None:
     """Why there is no host to test with, if so."""
     if CHECKOUT is None:
         return "MEGATRON_LM_PATH names no checkout of Megatron-LM"
     result = subprocess.run(
         [sys.executable, REPOSITORY / "tests" / "unmixed_pretrain.py", "-"],
-        env={**ENVIRONMENT, "PYTHONPATH": f"{REPOSITORY}:{CHECKOUT}"},
+        env={**ENVIRONMENT, **HOST_ENVIRONMENT},
         capture_output=True,
         text=True,
     )
@@ -111,6 +120,26 @@ class Launcher:
     ) -> Trained:
         self._count += 1
         run_dir = run_dir or self._folder / f"run{self._count}"
+        result = subprocess.run(
+            [*self._command(processes, policy, run_dir, check), *length, *self._data, *arguments],
+            env={**ENVIRONMENT, **HOST_ENVIRONMENT, **(environment or {})},
+            cwd=self._folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=180,
+        )
+        return Trained(result.returncode, result.stdout, run_dir)
+
+    def start(self, folder: Path, *arguments: str) -> Running:
+        """Begin a long run of two processes, and return while it goes on."""
+        command = self._command(2, "acodm", folder / "metrics", None)
+        command += ["--train-iters", "400", *self._data, *arguments]
+        return Running(command, folder / "metrics", folder / "log.txt", HOST_ENVIRONMENT)
+
+    def _command(
+        self, processes: int, policy: str | None, run_dir: Path, check: int | None
+    ) -> list[str]:
         command = [sys.executable]
         if check is None or processes > 1:
             command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
@@ -123,21 +152,7 @@ class Launcher:
             command += ["--acodm-policy", policy, "--acodm-run-dir", str(run_dir)]
             command += [] if check is None else ["--check", str(check)]
             script = REPOSITORY / "tests" / "recorded_pretrain.py"
-        result = subprocess.run(
-            [*command, str(script), *MODEL, *length, *self._data, *arguments],
-            env={
-                **ENVIRONMENT,
-                "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-                "PYTHONPATH": f"{REPOSITORY}:{CHECKOUT}",
-                **(environment or {}),
-            },
-            cwd=self._folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=180,
-        )
-        return Trained(result.returncode, result.stdout, run_dir)
+        return [*command, str(script), *MODEL]
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +363,75 @@ def test_a_dataset_that_has_vanished_is_named(
     assert run.code != 0
     assert run.output.count("error: rank") == 1, run.output
     assert str(file) in run.output
+
+
+@pytest.fixture
+def start(launch: Launcher, tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts a run that saves to ``tmp_path/c`` every 3 steps."""
+    runs: list[Running] = []
+
+    def run(*arguments: str) -> Running:
+        save = ("--save", str(tmp_path / "c"), "--load", str(tmp_path / "c"))
+        runs.append(launch.start(tmp_path, *save, "--save-interval", "3", *arguments))
+        return runs[-1]
+
+    yield run
+    for running in runs:
+        running.close()
+
+
+def test_a_killed_rank_ends_the_others_with_one_message(
+    start: Callable[..., Running], launch: Launcher, tmp_path: Path
+) -> None:
+    running = start()
+    running.wait_for_step(5)
+    running.trainer(1).kill()
+    assert running.wait(90) != 0
+    (message,) = re.findall(r"(?m)^error: rank \d+: .*$", running.output)
+    assert message.startswith("error: rank 0: another rank is gone, or did not answer"), message
+    step = re.search(r"goes on after step (\d+)$", message)
+    assert step is not None, message
+    save = ("--save", str(tmp_path / "c"), "--load", str(tmp_path / "c"))
+    again = launch(
+        *save, processes=2, run_dir=tmp_path / "metrics",
+        length=("--train-iters", "400", "--exit-interval", str(int(step[1]) + 2)),
+    )  # fmt: skip
+    assert again.code == 0, again.output
+    steps = [line["iteration"] for line in again.steps]
+    assert steps == list(range(1, int(step[1]) + 3))
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_time_out(start: Callable[..., Running]) -> None:
+    running = start("--distributed-timeout-minutes", "1")
+    running.wait_for_step(4)
+    running.trainer(1).send_signal(signal.SIGSTOP)
+    running.wait_for_output("another rank is gone, or did not answer within 1 minutes", 100)
+    running.trainer(1).kill()  # torchrun would, 30 s later
+    assert running.wait(60) != 0
+
+
+def test_a_full_disk_in_a_save_leaves_the_last_checkpoint(launch: Launcher, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount("-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder))
+    try:
+        save = ("--save", str(folder / "c"), "--load", str(folder / "c"), "--save-interval", "2")
+        run_dir = tmp_path / "metrics"
+        first = launch(*save, "--exit-interval", "2", processes=2, run_dir=run_dir)
+        assert first.code == 0, first.output
+        used = shutil.disk_usage(folder).used  # by one checkpoint; half of another has room
+        mount("-o", f"remount,size={used * 3 // 2}", str(folder))
+        run = launch(*save, processes=2, run_dir=run_dir)
+        assert run.code != 0
+        assert run.output.count("error: rank") == 1, run.output
+        assert f"checkpoint of step 4 could not be written to {folder / 'c'}" in run.output
+        assert f"with --load {folder / 'c'}, goes on after step 2" in run.output
+        mount("-o", "remount,size=100m", str(folder))
+        last = launch(*save, processes=2, run_dir=run_dir)
+        assert last.code == 0, last.output
+        assert [line["iteration"] for line in last.steps] == [1, 2, 3, 4, 5, 6]
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 # Without training -----------------------------------------------------------------------------

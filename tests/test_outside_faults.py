@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY_MODEL, Corpus, Run, Train
-from running import Running
+from running import Running, mount
 
 STEPS = 400  # more than any run here comes to
 MESSAGE = r"(?m)^error: rank \d+: .*$"
@@ -122,21 +122,21 @@ def test_a_full_disk_in_a_save_leaves_the_last_checkpoint(
 ) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
-    _mount("-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder))
+    mount("-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder))
     try:
         save = ("--save", str(folder / "c"), "--load", str(folder / "c"), "--save-interval", "2")
         common = ("--acodm-config", learning, "--eval-interval", "0", *save)
         first = train("--train-iters", "40", "--exit-interval", "2", *common, processes=2)
         assert first.code == 0, first.output
         used = shutil.disk_usage(folder).used  # by one checkpoint; half of another has room
-        subprocess.run(["mount", "-o", f"remount,size={used * 3 // 2}", folder], check=True)
+        mount("-o", f"remount,size={used * 3 // 2}", str(folder))
         again = {"processes": 2, "directory": first.directory}
         run = train("--train-iters", "40", *common, **again)
         assert run.code != 0
         (message,) = re.findall(MESSAGE, run.output)
         assert f"checkpoint of step 4 could not be written to {folder / 'c'}" in message
         assert "MB are free there" in message and "goes on after step 2" in message
-        subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
+        mount("-o", "remount,size=100m", str(folder))
         last = train("--train-iters", "6", *common, **again)
         assert last.code == 0, last.output
         assert "resuming after step 2" in last.output
@@ -145,16 +145,10 @@ def test_a_full_disk_in_a_save_leaves_the_last_checkpoint(
         subprocess.run(["umount", folder], check=True)
 
 
-def _mount(*arguments: str) -> None:
-    result = subprocess.run(["mount", *arguments], capture_output=True, text=True)
-    if result.returncode != 0:
-        pytest.skip(f"this test must be allowed to mount: {result.stderr.strip()}")
-
-
 def test_a_cache_that_cannot_be_written_is_named(train: Train, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
-    _mount("-t", "tmpfs", "-o", "ro", "tmpfs", str(cache))
+    mount("-t", "tmpfs", "-o", "ro", "tmpfs", str(cache))
     try:
         run = train("--train-iters", "2", "--data-cache-path", str(cache), processes=2)
     finally:

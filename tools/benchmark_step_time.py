@@ -24,6 +24,7 @@ import math
 import os
 import random
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,7 @@ from megatron_acodm.megatron.decisions import StepReport
 from megatron_acodm.megatron.mixer import Step
 from megatron_acodm.metrics import describe_hardware, installed_versions
 from megatron_acodm.mixing import Observation
+from megatron_acodm.mixing.transfer import save_policy
 
 SHAPES = {  # layers, hidden size, attention heads
     "pythia-14m": (6, 128, 4),
@@ -51,12 +53,14 @@ SHAPES = {  # layers, hidden size, attention heads
     "pythia-160m": (12, 768, 12),
     "pythia-1b": (16, 2048, 16),
 }
+LEARNER = "acodm, sketch"  # the candidate whose policy drives candidate frozen
 NO_HOOKS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 TRAIN_ITERS = 41_667  # of the run that the steps are taken from, the paper's
 WARM_UP_ROUNDS = 2
 MIN_ROUNDS = 6  # fewer leave no 95% interval of a median
 BUDGETS = {  # most that a step may take over the static blend
     ("pythia-70m", "cpu", "acodm, sketch"): 0.015,
+    ("pythia-70m", "cpu", "frozen"): 0.005,
     ("pythia-1b", "cuda", "acodm, sketch"): 0.001,
     ("pythia-1b", "cuda", "acodm, exact"): 0.004,
 }
@@ -92,29 +96,51 @@ class Candidate:
     bytes: dict[str, int] = field(default_factory=dict)
 
 
-def build_candidates(args: argparse.Namespace, K: int) -> list[Candidate]:
-    """The static blend first, then the mixer with policy static and with every estimator."""
-    base = AcodmConfig.from_yaml(args.acodm_config) if args.acodm_config else AcodmConfig()
-    acodm = replace(base, mixing=replace(base.mixing, policy="acodm", weights=None))
-    mixing = replace(base.mixing, policy="static")
-    configs = {"static under the mixer": replace(base, mixing=mixing)}
-    for estimator in ESTIMATORS:
+def candidate_configs(base: AcodmConfig, folder: Path) -> dict[str, AcodmConfig]:
+    """How each candidate but the static blend mixes, by name; ``frozen`` reads from ``folder``."""
+
+    def with_policy(policy: str, estimator: str | None = None, **mixing: Any) -> AcodmConfig:
+        config = replace(base, mixing=replace(base.mixing, policy=policy, weights=None, **mixing))
+        if estimator is None:
+            return config
         # Estimator captured is for micro-batches of several domains.
         granule = "sequence" if estimator == "captured" else "micro-batch"
-        configs[f"acodm, {estimator}"] = replace(
-            acodm,
+        return replace(
+            config,
             blending=replace(base.blending, granule=granule),
             alignment=replace(base.alignment, estimator=estimator, coordinates=None),
         )
+
+    configs = {"static under the mixer": with_policy("static")}
+    configs |= {f"acodm, {name}": with_policy("acodm", name) for name in ESTIMATORS}
+    configs["frozen"] = with_policy("frozen", policy_file=str(folder / "policy"))
+    configs |= {"odm": with_policy("odm"), "ado": with_policy("ado")}
+    return configs | {"pike, sketch": with_policy("pike", "sketch")}
+
+
+def build_candidates(
+    args: argparse.Namespace, K: int, wanted: Sequence[str] | None = None
+) -> list[Candidate]:
+    """The static blend first, then the mixer with each ``wanted`` way of mixing (None: all)."""
+    base = AcodmConfig.from_yaml(args.acodm_config) if args.acodm_config else AcodmConfig()
     data = [SyntheticDomain(k, K, args.seq_length + 1, args.vocab_size) for k in range(K)]
     candidates = [Candidate("the static blend", None, lambda index: data[index % K][index // K])]
     run = RunShape(TRAIN_ITERS, args.global_batch_size, args.micro_batch_size, args.seed)
     names = [f"domain {k}" for k in range(K)]
-    for name, config in configs.items():
-        mixer = Mixer(config, run, {})
-        dataset: Any = mixer.bind(names, list(map(len, data)), None, data, [0] * K)
-        teach(mixer)
-        candidates.append(Candidate(name, mixer, dataset.__getitem__))
+    with tempfile.TemporaryDirectory() as folder:
+        configs = candidate_configs(base, Path(folder))
+        if unknown := sorted(set(wanted or ()) - set(configs)):
+            raise ValueError(f"no candidate {unknown[0]!r}; they are {'; '.join(configs)}")
+        for name, config in configs.items():
+            if wanted and name not in wanted and name != LEARNER:
+                continue
+            mixer = Mixer(config, run, {})
+            dataset: Any = mixer.bind(names, list(map(len, data)), None, data, [0] * K)
+            teach(mixer)
+            if name == LEARNER and mixer.controller is not None:  # rank 0
+                save_policy(Path(folder) / "policy", mixer.controller.policy.exported({}))
+            if not wanted or name in wanted:
+                candidates.append(Candidate(name, mixer, dataset.__getitem__))
     return candidates
 
 
@@ -290,6 +316,7 @@ def summarize(candidates: Sequence[Candidate], shape: str, device: str) -> list[
             low, high = median_interval(over.tolist())
             row |= {"over_static": float(np.median(over)), "over_static_95": [low, high]}
             row |= {"mixing_s": mixing, "measuring_s": measuring, "ends_s": mixing - measuring}
+            row["mixing_share"] = mixing / row["median_step_s"]
             if budget := BUDGETS.get((shape, device, candidate.name)):
                 verdict = "met" if high <= budget else "missed" if low > budget else "within noise"
                 row |= {"budget": budget, "verdict": verdict}
@@ -302,14 +329,18 @@ def show(rows: Sequence[dict[str, Any]], device: str) -> None:
     """Print the table; memory is the device's peak over the baseline's, or counted from tensors."""
     own = "extra_peak_bytes" if device == "cuda" else "estimator_bytes"
     memory = ("reduced_bytes", own, "agent_bytes")
-    print(f"\n{'':32}      over the static blend   mixing waits, ms  MB: reduced,  memory,   agent")
-    print(f"{'':22}   step ms   median      95% interval  in hooks the rest{'':28} budget")
+    print(f"\n{'':32}      over the static blend        mixing waits, ms    MB:")
+    print(
+        f"{'':22}   step ms   median      95% interval  in hooks the rest of step"
+        "  reduced   memory    agent  budget"
+    )
     for row in rows:
         line = f"{row['candidate']:22} {1e3 * row['median_step_s']:9.2f}"
         if "over_static" in row:
             interval = "{:+.2%} {:+.2%}".format(*row["over_static_95"])
             line += f"  {row['over_static']:+7.2%} {interval:>17}"
-            line += f"  {1e3 * row['measuring_s']:9.3f} {1e3 * row['ends_s']:8.3f} "
+            line += f"  {1e3 * row['measuring_s']:9.3f} {1e3 * row['ends_s']:8.3f}"
+            line += f" {row['mixing_share']:7.2%}"
             line += "".join(f" {row[key] / 1e6:8.2f}" for key in memory)
         print(line + (f"  {row['budget']:.1%}: {row['verdict']}" if "budget" in row else ""))
     if device == "cuda":
@@ -323,6 +354,8 @@ def parse_arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, ar
     parser.add_argument("--micro-batches", type=int, default=18, help="of a step and replica")
     parser.add_argument("--domains", type=int, default=22, metavar="K")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--candidates", nargs="+", metavar="NAME",
+                        help="only these and the static blend, as 'acodm, sketch'")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds of all rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
@@ -377,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model_parallel = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
     initialize_distributed(*model_parallel, args.seed, args.distributed_timeout_minutes)
     try:
-        candidates = build_candidates(args, options.domains)
+        candidates = build_candidates(args, options.domains, options.candidates)
         trainer = Trainer(args, torch.device(options.device))
         run_rounds(trainer, candidates, options)
     except (ValueError, OSError) as error:

@@ -362,6 +362,31 @@ def _phase_seconds(launch: Launch) -> dict[str, list[float]]:
     return seconds
 
 
+def conduct(campaign: Any, options: argparse.Namespace, tallied: str) -> int:
+    """Run a campaign, report on it, and return the exit status.
+
+    Args:
+        campaign: has ``run``, and in ``runs`` and ``kills`` what it has done so far.
+        options: with ``run_dir``, which is removed if all runs pass, and ``json``.
+        tallied: the entry of each kill that the summary counts.
+    """
+    error, start = None, time.monotonic()
+    try:
+        campaign.run()
+    except (Difference, RuntimeError, ValueError) as found:  # ValueError: a damaged file
+        error = f"run {campaign.runs}, {found}; the runs are kept in {options.run_dir}"
+    seconds = time.monotonic() - start
+    counts = dict(Counter(kill[tallied] for kill in campaign.kills))
+    print(f"{len(campaign.kills)} kills in {campaign.runs} runs, {seconds:.0f} s: {counts}")
+    print(f"error: {error}" if error else "no difference")
+    if options.json:
+        report = {"error": error, "seconds": seconds, "kills": campaign.kills}
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if not error:
+        shutil.rmtree(options.run_dir)
+    return 1 if error else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -377,21 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.run_dir.exists() and any(options.run_dir.iterdir()):
         parser.error(f"--run-dir {options.run_dir} is not empty; name another")
-    campaign, error, start = Campaign(options), None, time.monotonic()
-    try:
-        campaign.run()
-    except (Difference, RuntimeError, ValueError) as found:  # ValueError: a damaged file
-        error = f"run {campaign.runs}, {found}; the runs are kept in {options.run_dir}"
-    seconds = time.monotonic() - start
-    phases = dict(Counter(kill["died in"] for kill in campaign.kills))
-    print(f"{len(campaign.kills)} kills in {campaign.runs} runs, {seconds:.0f} s: {phases}")
-    print(f"error: {error}" if error else "no difference")
-    if options.json:
-        report = {"error": error, "seconds": seconds, "kills": campaign.kills}
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if not error:
-        shutil.rmtree(options.run_dir)
-    return 1 if error else 0
+    return conduct(Campaign(options), options, "died in")
 
 
 if __name__ == "__main__":

@@ -10,20 +10,18 @@ the campaign with exit status 1.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
-from kill_resume import LEARNING, Difference, Folder, Launch, compare, facts
+from kill_resume import LEARNING, Difference, Folder, Launch, compare, conduct, facts
 
 WAYS = ("all", "one rank", "SIGTERM")
 KILLS_PER_RUN = 4
@@ -163,21 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = os.environ["MEGATRON_LM_PATH"], os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    campaign, error, start = Campaign(options), None, time.monotonic()
-    try:
-        campaign.run()
-    except (Difference, RuntimeError, ValueError) as found:
-        error = f"run {campaign.runs}, {found}; the runs are kept in {options.run_dir}"
-    seconds = time.monotonic() - start
-    ways = dict(Counter(str(kill["killed"]) for kill in campaign.kills))
-    print(f"{len(campaign.kills)} kills in {campaign.runs} runs, {seconds:.0f} s: {ways}")
-    print(f"error: {error}" if error else "no difference")
-    if options.json:
-        report = {"error": error, "seconds": seconds, "kills": campaign.kills}
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if not error:
-        shutil.rmtree(options.run_dir)
-    return 1 if error else 0
+    return conduct(Campaign(options), options, "killed")
 
 
 if __name__ == "__main__":
