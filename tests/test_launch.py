@@ -249,6 +249,19 @@ def test_an_asynchronous_save_has_the_policy_too(
     assert resumed.steps == undisturbed.steps
 
 
+def test_checkpoints_of_the_older_format_resume_exactly(
+    launch: Launcher, undisturbed: Trained, tmp_path: Path
+) -> None:
+    save = ("--save", str(tmp_path), "--load", str(tmp_path), "--ckpt-format", "torch")
+    run_dir = tmp_path / "metrics"
+    first = launch(*save, "--exit-interval", "3", run_dir=run_dir)
+    assert first.code == 0, first.output
+    assert (tmp_path / "iter_0000003" / "mp_rank_00" / "model_optim_rng.pt").is_file()
+    resumed = launch(*save, run_dir=run_dir)
+    assert resumed.code == 0, resumed.output
+    assert resumed.steps == undisturbed.steps
+
+
 def test_without_a_policy_losses_are_megatrons_and_it_loads_our_checkpoints(
     launch: Launcher, undisturbed: Trained, saved: Path, tmp_path: Path
 ) -> None:
@@ -399,6 +412,20 @@ def test_a_killed_rank_ends_the_others_with_one_message(
     assert again.code == 0, again.output
     steps = [line["iteration"] for line in again.steps]
     assert steps == list(range(1, int(step[1]) + 3))
+
+
+def test_sigterm_saves_and_ends_after_the_same_step_on_every_rank(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    running = start("--exit-signal-handler", "--save-interval", "1000")
+    running.wait_for_step(3)
+    running.trainer(1).terminate()
+    assert running.wait() == 0, running.output
+    tracker = tmp_path / "c" / "latest_checkpointed_iteration.txt"
+    last = int(tracker.read_text(encoding="utf-8"))
+    assert running.steps[-1]["iteration"] == last < 400
+    assert (tmp_path / "c" / f"iter_{last:07d}" / "acodm").is_dir()
+    assert "error: rank" not in running.output
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_time_out(start: Callable[..., Running]) -> None:
