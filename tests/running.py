@@ -86,14 +86,23 @@ class Running:
         """Signal torchrun."""
         os.kill(self._process.pid, number)
 
+    def tell_every_process(self, number: int = signal.SIGTERM) -> None:
+        """Signal torchrun, its trainers and all that they have started, as batch systems do."""
+        for process in self._processes():
+            with suppress(psutil.Error):
+                process.send_signal(number)
+
+    def _processes(self) -> list[psutil.Process]:
+        processes = psutil.process_iter(["environ"])
+        return [p for p in processes if self._mark in (p.info["environ"] or {}).items()]
+
     def lose(self) -> None:
         """End torchrun, its trainers and their helpers at once, as if the node had no power."""
         if self._process.poll() is None:
             self.tell(signal.SIGSTOP)  # so that it neither ends trainers gently nor starts others
-        for process in psutil.process_iter(["environ"]):
-            if self._mark in (process.info["environ"] or {}).items():
-                with suppress(psutil.Error):
-                    process.kill()
+        for process in self._processes():
+            with suppress(psutil.Error):
+                process.kill()
         self._process.wait()
 
     def wait(self, seconds: float = 120) -> int:

@@ -58,14 +58,17 @@ def _undisturbed(train: Train, learning: str, steps: int) -> list[dict[str, Any]
     return [{k: v for k, v in line.items() if k not in timed} for line in run.steps]
 
 
-@pytest.mark.parametrize("to", ["torchrun", "one rank"])
+@pytest.mark.parametrize("to", ["torchrun", "one rank", "every process"])
 def test_sigterm_saves_and_ends_after_the_same_step_on_every_rank(
     start: Start, train: Train, learning: str, tmp_path: Path, to: str
 ) -> None:
-    running = start("--num-workers", "2", "--save-interval", "1000")
-    running.wait_for_step(2)
+    running = start("--num-workers", "2", "--save-interval", "3")
+    running.wait_for_step(5)  # so that the helpers of a save are there
     if to == "torchrun":  # which sends it to trainers and loading workers alike
         running.tell()
+        running.wait()
+    elif to == "every process":  # which ends torchrun with an error; it waits for the trainers
+        running.tell_every_process()
         running.wait()
     else:
         running.trainer(1).terminate()

@@ -19,6 +19,7 @@ from megatron_acodm.megatron.failures import TRACKER, naming_failed_save
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.model import TrainingModel
 from megatron_acodm.megatron.sidecar import load_sidecar, refuse_differences, save_sidecar
+from megatron_acodm.megatron.signals import sigterm_held_back
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def save_checkpoint(
 
     final = _folder(Path(root), iteration)
     partial = final.with_name(final.name + ".partial")
-    with naming_failed_save(root, iteration):
+    with naming_failed_save(root, iteration), sigterm_held_back():
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

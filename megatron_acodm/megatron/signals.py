@@ -1,10 +1,16 @@
-"""SIGTERM as a wish to save and end, which all ranks follow after the same step."""
+"""SIGTERM as a wish to save and end, which all ranks follow after the same step.
+
+torchrun sends it to the trainers, batch systems to every process that these have started, too.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -45,6 +51,21 @@ class ExitSignal:
     def close(self) -> None:
         """Let SIGTERM do what it did before."""
         signal.signal(signal.SIGTERM, self._before)
+
+
+@contextmanager
+def sigterm_held_back() -> Iterator[None]:
+    """SIGTERM to this thread waits till the end; what is started meanwhile never gets it.
+
+    Batch systems send the signal to every process of a job. A checkpoint is written with helpers,
+    one of which lives on for the next: the save that the signal asks for would fail for want of it.
+    """
+    resource_tracker.ensure_running()  # or Python lets the signal through when it starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def heed_parent_only(worker: int) -> None:

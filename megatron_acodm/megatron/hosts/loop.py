@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from megatron_acodm.megatron.hosts.records import HostRecorder, default_run_dir
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.policy_file import save_learned_policy
 from megatron_acodm.megatron.records import FinishedStep, log
+from megatron_acodm.megatron.signals import sigterm_held_back
 
 Function = Callable[..., Any]
 Replacement = tuple[Callable[[Function], Function], tuple[str, ...]]
@@ -254,7 +255,10 @@ class HostLoop(ABC):
             if self.options.save_policy:
                 save_learned_policy(mixer, self.options.save_policy, self._args, iteration)
             root = Path(self._args.save)
+            # The helpers of an asynchronous save are ended by SIGTERM when the host exits.
+            is_async = getattr(self._args, "async_save", False)
             with (
+                nullcontext() if is_async else sigterm_held_back(),
                 naming_failed_save(root, iteration),
                 self._checkpoints.saving(mixer, root, iteration),
             ):
