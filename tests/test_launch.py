@@ -396,10 +396,12 @@ def start(launch: Launcher, tmp_path: Path) -> Iterator[Callable[..., Running]]:
 def test_a_killed_rank_ends_the_others_with_one_message(
     start: Callable[..., Running], launch: Launcher, tmp_path: Path
 ) -> None:
-    running = start()
+    # Else torchrun's SIGTERM ends rank 0 before it can say anything.
+    running = start("--exit-signal-handler")
     running.wait_for_step(5)
     running.trainer(1).kill()
     assert running.wait(90) != 0
+    assert "rank      : 1 " in running.output and "SIGKILL" in running.output  # torchrun's
     (message,) = re.findall(r"(?m)^error: rank \d+: .*$", running.output)
     assert message.startswith("error: rank 0: another rank is gone, or did not answer"), message
     step = re.search(r"goes on after step (\d+)$", message)
@@ -414,13 +416,18 @@ def test_a_killed_rank_ends_the_others_with_one_message(
     assert steps == list(range(1, int(step[1]) + 3))
 
 
+@pytest.mark.parametrize("to", ["one rank", "every process"])
 def test_sigterm_saves_and_ends_after_the_same_step_on_every_rank(
-    start: Callable[..., Running], tmp_path: Path
+    start: Callable[..., Running], tmp_path: Path, to: str
 ) -> None:
-    running = start("--exit-signal-handler", "--save-interval", "1000")
-    running.wait_for_step(3)
-    running.trainer(1).terminate()
-    assert running.wait() == 0, running.output
+    running = start("--exit-signal-handler")
+    running.wait_for_step(5)  # so that the helpers of a save are there
+    if to == "one rank":
+        running.trainer(1).terminate()
+        assert running.wait() == 0, running.output
+    else:  # which ends torchrun with an error; it waits for the trainers
+        running.tell_every_process()
+        running.wait()
     tracker = tmp_path / "c" / "latest_checkpointed_iteration.txt"
     last = int(tracker.read_text(encoding="utf-8"))
     assert running.steps[-1]["iteration"] == last < 400
