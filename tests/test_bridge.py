@@ -311,7 +311,8 @@ def test_what_does_not_work_is_refused_before_the_model_is_built(pretrain: Pretr
 def test_a_killed_rank_ends_the_others_with_one_message(pretrain: Pretrain, tmp_path: Path) -> None:
     saving = [*_saving(tmp_path), "checkpoint.save_interval=3"]
     running = pretrain.start(tmp_path, *saving, "train.train_iters=400",
-                             "scheduler.lr_decay_iters=400")  # fmt: skip
+                             "scheduler.lr_decay_iters=400",
+                             "train.exit_signal_handler=true")  # fmt: skip
     try:
         running.wait_for_step(5)
         running.trainer(1).kill()
