@@ -43,7 +43,7 @@ class AgentConfig:
     is worth e times its prior share.
     """
 
-    gamma: float = 0.95
+    gamma: float = 0.5
     """Discount of the next state's value (paper: 0.95)."""
 
     tau: float = 0.001

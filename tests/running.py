@@ -118,7 +118,12 @@ class Running:
 
 
 def mount(*arguments: str) -> None:
-    """Mount, or skip the test where that is not allowed."""
+    """Mount for the first time, or skip the test where that is not allowed."""
     result = subprocess.run(["mount", *arguments], capture_output=True, text=True)
     if result.returncode != 0:
         pytest.skip(f"this test must be allowed to mount: {result.stderr.strip()}")
+
+
+def remount(folder: Path, size: int) -> None:
+    """Give a mounted tmpfs another size in bytes."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,8 @@ def test_shipped_configs_are_sound_and_validate_the_whole_split(corpus: Corpus, 
         ({"policies": {"a": {"trainer": {"lr": 1.0}}}, "references": ["a"]},
          "policy a: .*unknown .*trainer"),
         ({"proxies": {"odm": {}}}, "two runs of the name odm"),
+        ({"proxies": {"a": {"trainer": {"eval-interval": 0}}}}, "proxy a: these intervals"),
+        ({"proxies": {"a": {"mixing": None}}}, "policy a: mixing is None; give it settings"),
         ({"proxies": {"small": {"trainer": {"hidden-size": 31}}}},
          "--hidden-size 31 is not a multiple"),
         ({"policies": {"a": {"mixing": {"policy": "frozen"}, "learned_from": "b"}},
@@ -323,9 +326,9 @@ def test_a_policy_is_driven_by_what_a_proxy_of_its_seed_learned(
     tmp_path: Path, corpus: Corpus, validation: Path
 ) -> None:
     mixing = {"policy": "acodm", "agent": {"replay_batch_size": 4}}
-    config = write_config(
+    file = write_config(
         tmp_path / "config.yaml",
-        seeds=[1],
+        seeds=[1, 2],
         proxies={"small": {"trainer": {"num-layers": 1}, "mixing": mixing}},
         # The driven run comes first in the file, and must wait for the proxy's.
         policies={
@@ -334,18 +337,34 @@ def test_a_policy_is_driven_by_what_a_proxy_of_its_seed_learned(
         },
         references=["uniform"],
     )
-    command = [sys.executable, str(TOOL), str(config), "--output", str(tmp_path), "--jobs", "2"]
+    command = [sys.executable, str(TOOL), str(file), "--output", str(tmp_path), "--jobs", "2"]
     command += ["--data-path", str(corpus.manifest), "--valid-data-path", str(validation)]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.index("small, seed 1") < result.stdout.index("driven, seed 1")
     figures = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(figures["policies"]) == {"driven", "uniform"}
-    runs = tmp_path / "runs"
-    learned = load_policy(runs / "small" / "seed_1" / "policy")
-    assert learned.provenance["num_layers"] == 1
-    weights = Run.load(runs / "driven" / "seed_1").weights
-    assert not np.allclose(weights, Run.load(runs / "uniform" / "seed_1").weights)
+    for seed in (1, 2):
+        info = tmp_path / "runs" / "driven" / f"seed_{seed}" / "run.json"
+        config = json.loads(info.read_text(encoding="utf-8"))["config"]["acodm"]
+        source = tmp_path / "runs" / "small" / f"seed_{seed}" / "policy"
+        assert config["mixing"]["policy_file"] == str(source)
+        assert load_policy(source).provenance["num_layers"] == 1
+    # A proxy that is to be repeated, or that has left nothing to learn from, holds others up.
+    tool = load_tool()
+    plan = tool.read_plan(file, str(corpus.manifest), str(validation))
+    runs = {str(run): run for run in tool.plan_runs(plan, tmp_path)}
+    assert all(run.finished and run.startable for run in runs.values())
+    source.with_suffix(".safetensors").unlink()
+    assert not runs["small, seed 2"].finished and not runs["driven, seed 2"].startable
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content["proxies"]["small"]["trainer"]["num-layers"] = 2
+    shutil.rmtree(tmp_path / "runs" / "small")
+    plan = tool.read_plan(
+        write_config(tmp_path / "other.yaml", **content), str(corpus.manifest), str(validation)
+    )
+    with pytest.raises(ValueError, match=r"source.trainer.num-layers was 1, is 2"):
+        tool.plan_runs(plan, tmp_path)
 
 
 RECORDING = """

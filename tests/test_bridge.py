@@ -329,5 +329,5 @@ def test_the_container_is_what_a_run_is_told_by() -> None:
     known = dict(megatron_bridge._every_path())
     asked = ("train_iters", "save", "load", "seq_length", "global_batch_size", "micro_batch_size",
              "seed", "lr", "num_layers", "hidden_size", "num_attention_heads", "tensorboard_dir",
-             "tensorboard_log_interval")  # fmt: skip
+             "tensorboard_log_interval", "async_save")  # fmt: skip
     assert set(asked) <= known.keys()

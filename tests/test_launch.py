@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, Corpus
-from running import Running, mount
+from running import Running, mount, remount
 
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
 STEPS = 6
@@ -454,13 +454,13 @@ def test_a_full_disk_in_a_save_leaves_the_last_checkpoint(launch: Launcher, tmp_
         first = launch(*save, "--exit-interval", "2", processes=2, run_dir=run_dir)
         assert first.code == 0, first.output
         used = shutil.disk_usage(folder).used  # by one checkpoint; half of another has room
-        mount("-o", f"remount,size={used * 3 // 2}", str(folder))
+        remount(folder, used * 3 // 2)
         run = launch(*save, processes=2, run_dir=run_dir)
         assert run.code != 0
         assert run.output.count("error: rank") == 1, run.output
         assert f"checkpoint of step 4 could not be written to {folder / 'c'}" in run.output
         assert f"with --load {folder / 'c'}, goes on after step 2" in run.output
-        mount("-o", "remount,size=100m", str(folder))
+        remount(folder, 100_000_000)
         last = launch(*save, processes=2, run_dir=run_dir)
         assert last.code == 0, last.output
         assert [line["iteration"] for line in last.steps] == [1, 2, 3, 4, 5, 6]

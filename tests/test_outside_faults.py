@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY_MODEL, Corpus, Run, Train
-from running import Running, mount
+from running import Running, mount, remount
 
 STEPS = 400  # more than any run here comes to
 MESSAGE = r"(?m)^error: rank \d+: .*$"
@@ -132,14 +132,14 @@ def test_a_full_disk_in_a_save_leaves_the_last_checkpoint(
         first = train("--train-iters", "40", "--exit-interval", "2", *common, processes=2)
         assert first.code == 0, first.output
         used = shutil.disk_usage(folder).used  # by one checkpoint; half of another has room
-        mount("-o", f"remount,size={used * 3 // 2}", str(folder))
+        remount(folder, used * 3 // 2)
         again = {"processes": 2, "directory": first.directory}
         run = train("--train-iters", "40", *common, **again)
         assert run.code != 0
         (message,) = re.findall(MESSAGE, run.output)
         assert f"checkpoint of step 4 could not be written to {folder / 'c'}" in message
         assert "MB are free there" in message and "goes on after step 2" in message
-        mount("-o", "remount,size=100m", str(folder))
+        remount(folder, 100_000_000)
         last = train("--train-iters", "6", *common, **again)
         assert last.code == 0, last.output
         assert "resuming after step 2" in last.output

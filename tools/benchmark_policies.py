@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -75,17 +76,20 @@ class PlannedRun:
     seed: int
     folder: Path
     flags: tuple[str, ...] = ()  # of this run's trainer, beyond the plan's
-    source: Path | None = None  # folder of the run whose policy drives it
+    source: PlannedRun | None = None  # whose policy drives it
 
     @property
     def startable(self) -> bool:
         """Whether the run that it depends on has ended."""
-        return self.source is None or (self.source / "finished.json").is_file()
+        return self.source is None or self.source.finished
 
     @property
     def finished(self) -> bool:
-        """Whether it has been trained to its end."""
-        return (self.folder / "finished.json").is_file()
+        """Whether it has been trained to its end, and left what others learn from."""
+        files = ["finished.json"]
+        if "--acodm-save-policy" in self.flags:
+            files.append(f"{POLICY_FILE}.safetensors")
+        return all((self.folder / name).is_file() for name in files)
 
     def __str__(self) -> str:
         return f"{self.policy}, seed {self.seed}"
@@ -121,12 +125,12 @@ def read_plan(path: Path, train: str | None, valid: str | None) -> Plan:
     sections: dict[str, dict[str, Any]] = {}
     for kind in ("proxies", "policies"):
         for name, section in dict(content.get(kind) or {}).items():
-            if name in sections:
+            if str(name) in sections:
                 raise ValueError(f"{path}: there are two runs of the name {name}")
             sections[str(name)] = _policy(str(name), section, path.parent, kind == "proxies")
     for name, section in sections.items():
         _check_source(name, section, sections)
-    proxies = {name: sections.pop(str(name)) for name in dict(content.get("proxies") or {})}
+    proxies = {str(name): sections.pop(str(name)) for name in dict(content.get("proxies") or {})}
     policies = sections
     references = list(content.get("references") or [])
     if not references or not set(references) <= set(policies):
@@ -137,9 +141,13 @@ def read_plan(path: Path, train: str | None, valid: str | None) -> Plan:
     ]
     args = build_parser().parse_args([*flags, "--run-dir", "unused"])
     check_arguments(args)
-    for proxy in proxies.values():
-        own = _flags(proxy.get("trainer", {}))
-        check_arguments(build_parser().parse_args([*flags, *own, "--run-dir", "unused"]))
+    for name, proxy in proxies.items():
+        own = proxy.get("trainer", {})
+        if set(own) & {"eval-interval", "save-interval"}:
+            raise ValueError(
+                f"proxy {name}: these intervals are the same for all runs; remove them"
+            )
+        check_arguments(build_parser().parse_args([*flags, *_flags(own), "--run-dir", "unused"]))
     if args.eval_interval == 0:
         raise ValueError("eval-interval is 0; without validations there is nothing to compare")
     valid_manifest = Manifest.load(str(manifests["valid"]))
@@ -172,6 +180,9 @@ def _policy(name: str, section: Any, folder: Path, proxy: bool) -> dict[str, Any
     if not re.fullmatch(r"[\w.+=-]+", name):
         raise ValueError(f"policy {name!r} names a folder; use letters, digits and . _ + = - only")
     section = json.loads(json.dumps(section or {}))  # a copy
+    for key in ("mixing", "trainer"):
+        if not isinstance(section.get(key, {}), dict):
+            raise ValueError(f"policy {name}: {key} is {section[key]!r}; give it settings")
     mixing = section.get("mixing", {})
     for key in FILE_KEYS:
         if isinstance(mixing.get(key), str):
@@ -196,7 +207,7 @@ def _check_source(name: str, section: dict[str, Any], sections: dict[str, dict[s
         raise ValueError(
             f"policy {name}: learned_from is for policy 'frozen' without a policy_file"
         )
-    if source not in sections:
+    if not isinstance(source, str) or source not in sections:
         raise ValueError(f"policy {name}: learned_from names {source!r}, which is not in the file")
     if sections[source].get("mixing", {}).get("policy", "acodm") != "acodm":
         raise ValueError(f"policy {name}: learned_from names {source!r}, which is no policy acodm")
@@ -230,33 +241,35 @@ def plan_runs(plan: Plan, output: Path) -> list[PlannedRun]:
     Raises:
         ValueError: when a folder holds a run with other settings.
     """
-    runs = []
+    runs: dict[tuple[str, int], PlannedRun] = {}
     sections = {**plan.proxies, **plan.policies}
     sources = {section.get("learned_from") for section in sections.values()}
-    for seed in plan.seeds:
-        for policy, section in sections.items():
-            folders = {name: output / "runs" / name / f"seed_{seed}" for name in sections}
-            folder, source = folders[policy], folders.get(section.get("learned_from", ""))
-            folder.mkdir(parents=True, exist_ok=True)
-            own = section.get("trainer", {})
-            settings = {**plan.settings, "policy": section, "files": _contents(section)}
-            text = json.dumps(settings, indent=2, sort_keys=True)
-            path = folder / "settings.json"
-            if path.is_file() and path.read_text(encoding="utf-8") != text:
-                before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-                raise ValueError(
-                    f"{folder} holds a run with other settings ({_differences(before, now)}); "
-                    "remove it or give another --output"
-                )
-            write_atomically(path, text)
-            write_atomically(folder / "mix.yaml", yaml.safe_dump(_mix(section), sort_keys=False))
-            flags = _flags(own)
-            if policy in sources:
-                flags += ["--acodm-save-policy", str(folder / POLICY_FILE)]
-            if source is not None:
-                flags += ["--acodm-load-policy", str(source / POLICY_FILE)]
-            runs.append(PlannedRun(policy, seed, folder, tuple(flags), source))
-    return runs
+    order = sorted(sections, key=lambda name: "learned_from" in sections[name])  # sources first
+    for seed, policy in itertools.product(plan.seeds, order):
+        section = sections[policy]
+        folder = output / "runs" / policy / f"seed_{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = _flags(section.get("trainer", {}))
+        if policy in sources:
+            flags += ["--acodm-save-policy", str(folder / POLICY_FILE)]
+        settings = {**plan.settings, "policy": section, "files": _contents(section)}
+        source = None
+        if "learned_from" in section:
+            source = runs[section["learned_from"], seed]
+            flags += ["--acodm-load-policy", str(source.folder / POLICY_FILE)]
+            settings["source"] = sections[section["learned_from"]]
+        text = json.dumps(settings, indent=2, sort_keys=True)
+        path = folder / "settings.json"
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+            raise ValueError(
+                f"{folder} holds a run with other settings ({_differences(before, now)}); "
+                "remove it or give another --output"
+            )
+        write_atomically(path, text)
+        write_atomically(folder / "mix.yaml", yaml.safe_dump(_mix(section), sort_keys=False))
+        runs[policy, seed] = PlannedRun(policy, seed, folder, tuple(flags), source)
+    return list(runs.values())
 
 
 def _contents(section: dict[str, Any]) -> dict[str, str]:

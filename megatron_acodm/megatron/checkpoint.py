@@ -19,7 +19,7 @@ from megatron_acodm.megatron.failures import TRACKER, naming_failed_save
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.model import TrainingModel
 from megatron_acodm.megatron.sidecar import load_sidecar, refuse_differences, save_sidecar
-from megatron_acodm.megatron.signals import sigterm_held_back
+from megatron_acodm.megatron.signals import helpers_spared_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def save_checkpoint(
 
     final = _folder(Path(root), iteration)
     partial = final.with_name(final.name + ".partial")
-    with naming_failed_save(root, iteration), sigterm_held_back():
+    with naming_failed_save(root, iteration), helpers_spared_sigterm():
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

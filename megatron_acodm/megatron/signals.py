@@ -54,11 +54,12 @@ class ExitSignal:
 
 
 @contextmanager
-def sigterm_held_back() -> Iterator[None]:
-    """SIGTERM to this thread waits till the end; what is started meanwhile never gets it.
+def helpers_spared_sigterm() -> Iterator[None]:
+    """What this thread starts meanwhile is deaf to SIGTERM; it ends by itself, or by SIGKILL.
 
     Batch systems send the signal to every process of a job. A checkpoint is written with helpers,
     one of which lives on for the next: the save that the signal asks for would fail for want of it.
+    The process itself is not protected: other threads of it still take the signal.
     """
     resource_tracker.ensure_running()  # or Python lets the signal through when it starts it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

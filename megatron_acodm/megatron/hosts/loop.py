@@ -33,7 +33,7 @@ from megatron_acodm.megatron.hosts.records import HostRecorder, default_run_dir
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.policy_file import save_learned_policy
 from megatron_acodm.megatron.records import FinishedStep, log
-from megatron_acodm.megatron.signals import sigterm_held_back
+from megatron_acodm.megatron.signals import helpers_spared_sigterm
 
 Function = Callable[..., Any]
 Replacement = tuple[Callable[[Function], Function], tuple[str, ...]]
@@ -256,9 +256,8 @@ class HostLoop(ABC):
                 save_learned_policy(mixer, self.options.save_policy, self._args, iteration)
             root = Path(self._args.save)
             # The helpers of an asynchronous save are ended by SIGTERM when the host exits.
-            is_async = getattr(self._args, "async_save", False)
             with (
-                nullcontext() if is_async else sigterm_held_back(),
+                nullcontext() if self._args.async_save else helpers_spared_sigterm(),
                 naming_failed_save(root, iteration),
                 self._checkpoints.saving(mixer, root, iteration),
             ):

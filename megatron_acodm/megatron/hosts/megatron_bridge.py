@@ -25,8 +25,8 @@ _FIM_DATASET_CONFIG = f"{_TRAINING}.config.GPTFIMDatasetConfig"
 
 _PATHS = {
     "checkpoint": (
-        "ckpt_convert_format", "ckpt_format", "finetune", "load", "non_persistent_save_interval",
-        "save", "save_interval",
+        "async_save", "ckpt_convert_format", "ckpt_format", "finetune", "load",
+        "non_persistent_save_interval", "save", "save_interval",
     ),
     "dataset": ("dataloader_type",),
     "ddp": ("overlap_param_gather", "use_megatron_fsdp"),
