@@ -99,7 +99,7 @@ def test_resume_in_another_layout_draws_the_same_samples(
         (("--acodm-decision-lag", "0"), "decision lag: saved 1, now 0"),
         (("--acodm-kind", "fc1"), "alignment: saved .*fc2.*, now .*fc1"),
         (("--acodm-objective", "loss"), "objective: saved perplexity, now loss"),
-        (("--acodm-initial-weights", "uniform"), "initial weights: saved natural, now uniform"),
+        (("--acodm-initial-weights", "natural"), "initial weights: saved uniform, now natural"),
         (("--hidden-size", "64"), "does not fit this model"),
     ],
 )
