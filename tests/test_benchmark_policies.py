@@ -22,6 +22,7 @@ from host import tiny_model
 
 from megatron_acodm.metrics import MetricsWriter, RunInfo, domain_metrics, write_run_info
 from megatron_acodm.mixing.transfer import load_policy
+from megatron_acodm.reporting import comparison_plots
 from megatron_acodm.reporting.comparison import (
     METRICS,
     Comparison,
@@ -148,6 +149,23 @@ def test_figures_are_plain_and_the_tables_show_them(made_up: Comparison, tmp_pat
     assert "75.0%" in text and "-1.50 [" in text and "10.00%" in text
     for path in write_plots(made_up, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_legend_of_a_single_policys_weights_lies_within_the_figure(tmp_path: Path) -> None:
+    names = [f"a domain of name {k}" for k in range(11)]
+    write_run_info(tmp_path, RunInfo(names, 4, 22, 1, "made up"))
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.validation(0, dict.fromkeys(names, 7.0), dict.fromkeys(names, 1 / 11))
+        writer.step(
+            1, consumed_samples=22, lm_loss=3, step_time_s=10, mixing_time_s=1,
+            domains=domain_metrics(names, [1 / 11] * 11, [2] * 11, [3.0] * 11),
+        )  # fmt: skip
+        writer.validation(1, dict.fromkeys(names, 3.0), dict.fromkeys(names, 1 / 11))
+    figure = comparison_plots._weights(Comparison({"a": {1: Run.load(tmp_path)}}, ["a"]))
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= legend.y0 and legend.y1 <= figure.axes[0].bbox.y0
 
 
 def test_runs_that_did_not_start_alike_are_not_compared(tmp_path: Path) -> None:

@@ -134,7 +134,10 @@ def _weights(comparison: Comparison) -> Figure:
     names = list(comparison.runs)
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(1 + 3.4 * columns, 1.4 + 2.3 * rows), layout="constrained")
+    legend_columns = min(2 * columns, 4)
+    legend_rows = math.ceil(len(comparison.domains) / legend_columns)
+    size = (1 + 3.4 * columns, 0.9 + 2.3 * rows + 0.2 * legend_rows)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
         weights = comparison.mean(name, "weights")
@@ -152,6 +155,7 @@ def _weights(comparison: Comparison) -> Figure:
         axes.set_xlabel("step")
         axes.tick_params(labelbottom=True)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    legend: dict[str, Any] = {"loc": "outside lower center", "ncols": legend_columns}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **legend)
     figure.suptitle("weights, mean over seeds", fontsize=10)
     return figure
