@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 examples/bridge_llama.py MANIFEST [MIX.yaml]
 
 The manifest is that of tools/preprocess_pile.py, with a tokenizer of the size set below; the recipe
-is Megatron-Bridge's own. Two lines of it are ours, and three settings that a policy needs.
+is Megatron-Bridge's own. Two lines of it are ours, and one setting that a policy needs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ if __name__ == "__main__":
     config.tokenizer.vocab_size = 50257  # of the tokenizer that the data was made with
     config.train.train_iters = 20_000
     config.dataset.dataloader_type = "single"  # samples are decided as training goes
-    config.ddp.overlap_param_gather = False  # a step's weights are looked at when it ends
-    config.comm_overlap = None  # which would set that again
 
     bridge.prepare(mix[0] if mix else "examples/configs/paper.yaml")
     pretrain(config, forward_step)

@@ -50,6 +50,7 @@ COPIES = ("decoder.layers.1.mlp.linear_fc2.bias", "decoder.layers.2.input_layern
 """Every tensor-parallel rank has these."""
 
 WEIGHT_OF_DOMAINS = [2, 1, 3, 0]  # of six micro-batches; the last domain is not drawn
+LEARNING_RATE = 0.01
 SKETCH_SIZE = 1 << 18  # what is left is that numbers of different parameters meet
 
 
@@ -73,6 +74,7 @@ class Case:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
     fused_accumulation: bool = False
     recompute: str | None = None
     biases: bool = True
@@ -179,6 +181,7 @@ def _chunk(case: Case, config: Any, vp_stage: int | None) -> torch.nn.Module:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=case.overlap_grad_reduce,
+        overlap_param_gather=case.overlap_param_gather,
         use_distributed_optimizer=case.distributed_optimizer,
         bucket_size=2000,  # a chunk has several, so that some are reduced before the others
     )
@@ -241,11 +244,12 @@ class Host:
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
-                lr=0.0,  # so that the same weights are measured by each estimator
+                lr=0.0,
                 weight_decay=0.0,
                 bf16=case.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=case.distributed_optimizer,
+                overlap_param_gather=case.overlap_param_gather,
             ),
             chunks,
         )
@@ -276,6 +280,22 @@ class Host:
             forward_only=False,
         )
         self.optimizer.step()
+
+    def learn_from_now_on(self) -> None:
+        """Let steps change the weights."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE
+
+    def probed_weights(self) -> dict[int, torch.Tensor]:
+        """This rank's part of each layer's fc2 weight, when all ranks have those of each other."""
+        if self.case.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+        return {
+            layer.layer_number - 1: layer.mlp.linear_fc2.weight.detach().double().clone()
+            for chunk in self.chunks
+            for layer in getattr(chunk.module, "module", chunk.module).decoder.layers
+        }
 
     def _micro_batches(self, domains: list[int]) -> Iterator[list[torch.Tensor]]:
         """Tokens, labels and masks of this rank's micro-batches, dealt as Megatron's sampler."""
@@ -333,6 +353,9 @@ def measure(case: Case) -> dict[str, Any]:
             mixer.bind(names, [100] * DOMAINS, WEIGHT_OF_DOMAINS, [None], [0] * DOMAINS)
             mixer.attach(host.chunks)
             domains = mixer.ledger.locate(np.arange(case.samples))[0].tolist()
+            if estimator == case.estimators[-1]:  # each measures the same weights
+                before = host.probed_weights()
+                host.learn_from_now_on()
             with mixer.step(1, 0) as step:
                 host.step(domains)
             statistics = step.report().statistics
@@ -345,7 +368,22 @@ def measure(case: Case) -> dict[str, Any]:
             measured[estimator]["average_gram"] = _average_gram(mixer)
         finally:
             megatron_acodm.unpatch()
+    measured["probes"] = [statistics.weight_norm.tolist(), statistics.weight_delta_norm.tolist()]
+    measured["norms"] = _norms(before, host.probed_weights())
     return measured
+
+
+def _norms(before: dict[int, torch.Tensor], after: dict[int, torch.Tensor]) -> list[list[float]]:
+    """Root mean squares of each layer's whole weight and of its change."""
+    from megatron.core import parallel_state
+
+    sums = torch.zeros(3, LAYERS, dtype=torch.float64)
+    for layer, weight in after.items():
+        sums[0, layer] = weight.square().sum()
+        sums[1, layer] = (weight - before[layer]).square().sum()
+        sums[2, layer] = weight.numel()
+    dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
+    return (sums[:2] / sums[2]).sqrt().tolist()
 
 
 def _average_gram(mixer: Mixer) -> list[list[float]]:

@@ -395,7 +395,6 @@ def test_other_batch_sizes_than_those_of_the_checkpoint_are_refused(
         ({"sft": True}, "--sft"),
         ({"expert_model_parallel_size": 8}, "--expert-model-parallel-size is 8"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
-        ({"overlap_param_gather": True}, "--overlap-param-gather"),
         ({"ckpt_format": "fsdp_dtensor"}, "--ckpt-format is 'fsdp_dtensor'"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl is 'local'"),
         ({"save": "msc://bucket/run"}, "--save must be a folder"),

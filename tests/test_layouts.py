@@ -33,6 +33,7 @@ def _cases() -> list[Case]:
     # With biases, Megatron-Core 0.16.1 never comes back from the backward pass of such an MLP.
     mlp = {"recompute": "mlp", "biases": False, "patterns": WEIGHTS}
     optimizer, overlap = {"distributed_optimizer": True}, {"overlap_grad_reduce": True}
+    gather = {**optimizer, **overlap, "overlap_param_gather": True}
     fused, bf16 = {"fused_accumulation": True}, {"bf16": True}
     one, two = {"micro_batches": 1}, {"micro_batches": 2}
     last = {"patterns": ("decoder.layers.[23].mlp.linear_fc2.weight",)}
@@ -81,6 +82,8 @@ def _cases() -> list[Case]:
         "DP 2, masked, per-token loss, loss scale 1024": [dp, tokens, scaled],
         "DP 2, distributed optimizer": [dp, optimizer],
         "DP 2, distributed optimizer, overlapped reduction": [dp, optimizer, overlap],
+        "DP 2, overlapped reduction and gathering": [dp, gather],
+        "DP 2, overlapped reduction and gathering, bf16": [dp, gather, bf16],
         "DP 2, overlapped reduction, fused accumulation": [dp, overlap, fused],
         "CP 2": [cp],
         "CP 2, masked, loss scale 1024": [cp, masked, scaled],
@@ -93,7 +96,9 @@ def _cases() -> list[Case]:
         "TP 2, DP 2, sequence parallel, distributed optimizer": [sp, dp, optimizer],
         "PP 2, DP 2": [pp, dp],
         "PP 2, DP 2, masked, per-token loss, 2 micro-batches": [pp, dp, tokens, two],
+        "TP 2, DP 2, sequence parallel, overlapped reduction and gathering": [sp, dp, gather],
         "VPP 2x2, DP 2, overlapped reduction": [vpp, dp, overlap],
+        "VPP 2x2, DP 2, overlapped reduction and gathering": [vpp, dp, gather],
         "CP 2, DP 2, masked": [cp, dp, masked],
         "TP 2, CP 2, masked, per-token loss": [tp, cp, tokens],
     }
@@ -286,3 +291,12 @@ def test_among_the_cases_a_rank_lacks_a_domain_and_the_step_another(
     first, second = (set(report["rank_domains"]) for report in measured(case))
     assert first | second == {0, 1, 2}
     assert 1 not in first or 1 not in second
+
+
+@pytest.mark.parametrize("case", CASES, ids=_case_name)
+def test_probes_see_the_weights_that_all_ranks_will_have(case: Case, measured: Measured) -> None:
+    for report in measured(case):
+        (norms, changes), expected = report["probes"], report["norms"]
+        assert min(expected[1]) > 0.0
+        np.testing.assert_allclose(norms, expected[0], rtol=1e-6)
+        np.testing.assert_allclose(changes, expected[1], rtol=1e-5)

@@ -396,7 +396,7 @@ def _unpatched_measure(model: TrainingModel) -> Any:
     [
         ("experts", "expert parallelism of size 2 is not supported"),
         ("fsdp", "under Megatron's DistributedDataParallel only"),
-        ("overlap_param_gather", "--overlap-param-gather is not supported"),
+        ("other weights gathered", "--overlap-param-gather is not supported with these weights"),
         ("no ddp", "the model is wrapped in GPTModel"),
     ],
 )
@@ -412,8 +412,10 @@ def test_layouts_that_cannot_be_measured_are_refused_at_set_up(
         monkeypatch.setattr(parallel_state, size, lambda: 2)
     elif break_layout == "fsdp":
         chunks[0].ddp_config.use_megatron_fsdp = True
-    elif break_layout == "overlap_param_gather":
+    elif break_layout == "other weights gathered":  # as with weights in eight bits
         chunks[0].ddp_config.overlap_param_gather = True
+        for bucket in chunks[0].bucket_groups[0].buckets:
+            bucket.param_data = bucket.grad_data.clone()
     else:
         chunks = [chunks[0].module]
     mixer = megatron_acodm.patch(AcodmConfig(alignment=CONFIG), RUN)

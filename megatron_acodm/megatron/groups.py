@@ -107,11 +107,6 @@ def check_layout(model_chunks: Sequence[torch.nn.Module]) -> None:
                 f"the model is wrapped in {type(chunk).__name__}; an online policy measures "
                 "gradients under Megatron's DistributedDataParallel only (no FSDP)"
             )
-        if config.overlap_param_gather:
-            raise ValueError(
-                "--overlap-param-gather is not supported with an online policy: a step's new "
-                "weights are not yet on every rank when it ends; remove the flag"
-            )
 
 
 def initialize_distributed(

@@ -25,6 +25,9 @@ from megatron_acodm.megatron.parameters import WeightProbe
 SEQUENCE_LOSSES = "sequence lm losses"
 """Entry of a loss report that tells a micro-batch's sequences apart."""
 
+_PROBE_BYTES = 3 * 8
+"""Of what a probe measures: three float64."""
+
 
 @dataclass(frozen=True)
 class StepStatistics:
@@ -58,6 +61,7 @@ class StepMeasurement:
     Args:
         capture: what shows the gradients of the selected parameters.
         probes: weights whose norms the statistics hold.
+        probes_are_sharded: whether each data-parallel rank has a part of the new weights.
         num_probes: D, probes of all pipeline stages.
         num_domains: K.
         measure_gradients: whether gradients are to be compared.
@@ -74,6 +78,7 @@ class StepMeasurement:
         self,
         capture: Capture,
         probes: Sequence[WeightProbe],
+        probes_are_sharded: bool,
         num_probes: int,
         num_domains: int,
         measure_gradients: bool,
@@ -85,6 +90,7 @@ class StepMeasurement:
         self._capture = capture
         self.estimator = capture.estimator
         self._probes = probes
+        self._probes_are_sharded = probes_are_sharded
         self._num_probes = num_probes
         self._num_domains = num_domains
         self._measure_gradients = measure_gradients
@@ -265,6 +271,8 @@ class StepMeasurement:
         vector = self._local_vector()
         fetch = _sum_in_background(vector, self._groups.model, self._side_stream)
         reduced = self.estimator.packed_bytes + vector.nbytes + self._capture.sent_bytes
+        if self._probes_are_sharded:
+            reduced += self._num_probes * _PROBE_BYTES
         num_micro_batches, per_token = self._num_micro_batches, self._per_token
         samples = int(self._samples.sum())
         return lambda: self._unpack(fetch(), num_micro_batches, samples, per_token, reduced)
@@ -278,6 +286,8 @@ class StepMeasurement:
         probes = torch.zeros(self._num_probes, 3, dtype=torch.float64, device=self._device)
         for probe in self._probes:
             probes[probe.index] = probe.after_update()
+        if self._probes_are_sharded:
+            dist.all_reduce(probes, group=self._groups.data)
         parts = [sums, sq_norms, losses, probes.flatten(), scale]
         if self.averages is not None:
             parts.append(self._compare_with(self.averages).flatten())

@@ -25,7 +25,7 @@ from megatron_acodm.megatron.groups import (
     check_layout,
 )
 from megatron_acodm.megatron.measurement import StepMeasurement
-from megatron_acodm.megatron.parameters import make_probes, select_parameters
+from megatron_acodm.megatron.parameters import gathers_late, make_probes, select_parameters
 from megatron_acodm.megatron.run import RunShape
 from megatron_acodm.mixing import MixingController
 
@@ -200,6 +200,7 @@ class Mixer:
         self.measurement = StepMeasurement(
             capture,
             make_probes(model_chunks, num_layers, alignment),
+            gathers_late(model_chunks),
             alignment.num_probes,
             num_domains,
             needs_alignment,

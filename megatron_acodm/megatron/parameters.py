@@ -38,21 +38,35 @@ class WeightProbe:
 
     The subset is taken along the dimension that tensor parallelism does not cut, so that the
     shards of all ranks add up to the same numbers in every layout.
+
+    Args:
+        index: position among the state's probes.
+        parameter: the weight.
+        owned: the range of its numbers that this rank's optimizer updates, where those of others
+            come later (overlapped parameter gathering): others are left out. None: all.
     """
 
-    def __init__(self, index: int, parameter: torch.nn.Parameter) -> None:
-        self.index = index  # position among the state's probes
+    def __init__(
+        self, index: int, parameter: torch.nn.Parameter, owned: range | None = None
+    ) -> None:
+        self.index = index
         self._parameter = parameter
         self._dim = 1 - getattr(parameter, "partition_dim", 1)
         length = parameter.shape[self._dim]
-        self._stride = max(1, length // _PROBE_ROWS)
+        self._rows = torch.arange(0, length, max(1, length // _PROBE_ROWS), device=parameter.device)
+        self._is_owned: torch.Tensor | None = None
+        if owned is not None:
+            is_owned = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+            is_owned[owned.start : owned.stop] = True
+            self._is_owned = self._sampled_rows(is_owned.view(parameter.shape))
         self._before: torch.Tensor | None = None
 
+    def _sampled_rows(self, values: torch.Tensor) -> torch.Tensor:
+        return values.index_select(self._dim, self._rows)
+
     def _sample(self) -> torch.Tensor:
-        rows = torch.arange(
-            0, self._parameter.shape[self._dim], self._stride, device=self._parameter.device
-        )
-        return self._parameter.detach().index_select(self._dim, rows).float()
+        sample = self._sampled_rows(self._parameter.detach()).float()
+        return sample if self._is_owned is None else torch.where(self._is_owned, sample, 0.0)
 
     def before_update(self) -> None:
         """Remember the weights before the optimizer changes them."""
@@ -68,6 +82,8 @@ class WeightProbe:
             for values in (after, after - before)
         ]
         count = torch.full_like(norms[0], float(after.numel()))
+        if self._is_owned is not None:
+            count = self._is_owned.sum(dtype=torch.float64)
         return torch.stack([norms[0].square(), norms[1].square(), count])
 
 
@@ -206,10 +222,53 @@ def _is_contributed(selected: SelectedParameter) -> bool:
 def make_probes(
     model_chunks: Sequence[torch.nn.Module], num_layers: int, config: AlignmentConfig
 ) -> list[WeightProbe]:
-    """The state's weight probes whose layers live on this rank."""
+    """The state's weight probes whose layers live on this rank.
+
+    Raises:
+        ValueError: a layer has no such weight, or nothing says which part of it this rank updates.
+    """
     layers = _layers(model_chunks)
-    return [
-        WeightProbe(index, _weight(layers[n], n, config.kind))
-        for index, n in enumerate(probe_layers(config.num_probes, num_layers))
-        if n in layers
-    ]
+    probes = []
+    for index, n in enumerate(probe_layers(config.num_probes, num_layers)):
+        if n in layers:
+            weight = _weight(layers[n], n, config.kind)
+            owned = _owned(weight, model_chunks) if gathers_late(model_chunks) else None
+            probes.append(WeightProbe(index, weight, owned))
+    return probes
+
+
+def gathers_late(model_chunks: Sequence[Any]) -> bool:
+    """Whether a step ends before all ranks have its new weights (``--overlap-param-gather``).
+
+    Then each has those that its own shard of the distributed optimizer has updated.
+    """
+    return any(chunk.ddp_config.overlap_param_gather for chunk in model_chunks)
+
+
+def _owned(weight: torch.nn.Parameter, model_chunks: Sequence[Any]) -> range:
+    """Which of a weight's numbers this rank's shard of the distributed optimizer updates.
+
+    Raises:
+        ValueError: the weight is not a part of what the host gathers.
+    """
+    groups = [group for chunk in model_chunks for group in chunk.bucket_groups]
+    for group in groups:
+        for bucket in group.buckets:
+            if weight not in bucket.params:
+                continue
+            gathered, numbers = bucket.param_data, weight.data
+            if gathered is None or (
+                gathered.untyped_storage().data_ptr() != numbers.untyped_storage().data_ptr()
+            ):
+                break
+            size = gathered.numel() // group.intra_distributed_optimizer_instance_size
+            start = gathered.storage_offset() - numbers.storage_offset()
+            start += group.intra_distributed_optimizer_instance_rank * size
+            return range(
+                min(max(start, 0), weight.numel()), min(max(start + size, 0), weight.numel())
+            )
+    raise ValueError(
+        "--overlap-param-gather is not supported with these weights, which are not themselves a "
+        "part of what the distributed optimizer gathers (weights in fewer bits, a layer-wise "
+        "optimizer); remove the flag"
+    )

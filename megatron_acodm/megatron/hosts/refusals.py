@@ -53,10 +53,6 @@ _ALWAYS: tuple[_Problem, ...] = (
     ("use_megatron_fsdp", _is_set, "gradients are sharded before they are whole", "remove it"),
     ("use_torch_fsdp2", _is_set, "gradients are sharded before they are whole", "remove it"),
     (
-        "overlap_param_gather", _is_set,
-        "a step's new weights are not yet on every rank when it ends", "remove it",
-    ),
-    (
         "ckpt_format", lambda value: value not in (None, "torch", "torch_dist"),
         "its checkpoints are not supported yet", "use {ckpt_format} torch_dist",
     ),
