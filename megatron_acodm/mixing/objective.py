@@ -35,7 +35,7 @@ class Objective:
       mixture descends on it, so the first one takes that place.
 
     The first two use affinities, <g_i, m_j> with moving averages m_j; there j = i counts, as what a
-    domain learns of itself is most of what it learns, and is measured without the bias of noise.
+    domain learns of itself is most of what it learns, and its own noise is not counted.
     Losses are training losses, smoothed; a domain never drawn counts as having their mean.
 
     Args:

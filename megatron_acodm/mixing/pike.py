@@ -31,8 +31,9 @@ class PikePolicy(Policy):
     - They are of the parameters that ``alignment`` selects, not of all.
     - A weight stops at a tenth of the uniform share by default: at 0 it could never rise again.
     - Both come from products with a moving average of the domain's gradient over earlier steps,
-      whose noise is other: <g_k, m_k> is ||grad L_k||^2, and what ||g_k||^2 exceeds it by is
-      sigma_k^2 / b_k, for a step with b_k sequences of the domain.
+      whose noise is other: <g_k, m_k> stands for ||grad L_k||^2, and what ||g_k||^2 exceeds it by
+      for sigma_k^2 / b_k, in a step with b_k sequences of the domain. The optimizer comes back from
+      what it overshoots, so that the first is too low and may be 0.
     """
 
     name: ClassVar[str] = "pike"
