@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_acodm.files import write_atomically
 from megatron_acodm.megatron.failures import TRACKER, naming_failed_save
+from megatron_acodm.megatron.helpers import helpers_in_hand
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.model import TrainingModel
 from megatron_acodm.megatron.sidecar import load_sidecar, refuse_differences, save_sidecar
-from megatron_acodm.megatron.signals import helpers_spared_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def save_checkpoint(
 
     final = _folder(Path(root), iteration)
     partial = final.with_name(final.name + ".partial")
-    with naming_failed_save(root, iteration), helpers_spared_sigterm():
+    with naming_failed_save(root, iteration), helpers_in_hand():
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

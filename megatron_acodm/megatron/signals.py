@@ -8,9 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -51,22 +48,6 @@ class ExitSignal:
     def close(self) -> None:
         """Let SIGTERM do what it did before."""
         signal.signal(signal.SIGTERM, self._before)
-
-
-@contextmanager
-def helpers_spared_sigterm() -> Iterator[None]:
-    """What this thread starts meanwhile is deaf to SIGTERM; it ends by itself, or by SIGKILL.
-
-    Batch systems send the signal to every process of a job. A checkpoint is written with helpers,
-    one of which lives on for the next: the save that the signal asks for would fail for want of it.
-    The process itself is not protected: other threads of it still take the signal.
-    """
-    resource_tracker.ensure_running()  # or Python lets the signal through when it starts it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def heed_parent_only(worker: int) -> None:

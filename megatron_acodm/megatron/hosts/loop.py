@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from megatron_acodm.megatron.failures import (
     lost_rank,
     naming_failed_save,
 )
+from megatron_acodm.megatron.helpers import helpers_in_hand
 from megatron_acodm.megatron.hosts.checkpoints import CheckpointLifeCycle
 from megatron_acodm.megatron.hosts.records import HostRecorder, default_run_dir
 from megatron_acodm.megatron.mixer import Mixer
 from megatron_acodm.megatron.policy_file import save_learned_policy
 from megatron_acodm.megatron.records import FinishedStep, log
-from megatron_acodm.megatron.signals import helpers_spared_sigterm
 
 Function = Callable[..., Any]
 Replacement = tuple[Callable[[Function], Function], tuple[str, ...]]
@@ -257,7 +257,7 @@ class HostLoop(ABC):
             root = Path(self._args.save)
             # The helpers of an asynchronous save are ended by SIGTERM when the host exits.
             with (
-                nullcontext() if self._args.async_save else helpers_spared_sigterm(),
+                helpers_in_hand(heed_sigterm=self._args.async_save),
                 naming_failed_save(root, iteration),
                 self._checkpoints.saving(mixer, root, iteration),
             ):
