@@ -37,6 +37,7 @@ import megatron_acodm
 from megatron_acodm import AcodmConfig, RunShape
 from megatron_acodm.config import AlignmentConfig, BlendingConfig
 from megatron_acodm.megatron.mixer import Mixer
+from megatron_acodm.megatron.parameters import _owned
 from megatron_acodm.megatron.shim import install_cpu_shim
 
 WEIGHTS = (
@@ -297,6 +298,24 @@ class Host:
             for layer in getattr(chunk.module, "module", chunk.module).decoder.layers
         }
 
+    def parts_of_weights(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Which numbers of each weight this rank owns, by us and by the optimizer's own map."""
+        owned, updated = [], []
+        optimizers = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        for chunk in self.chunks:
+            for name, weight in chunk.named_parameters():
+                if not re.search(r"layers\.\d+\..*linear.*\.weight", name):
+                    continue
+                part = _owned(weight, self.chunks)
+                owned.append([part.start, part.stop] if part else [])
+                found: list[int] = []
+                for optimizer in optimizers:
+                    if weight in optimizer.model_param_gbuf_map:
+                        own = optimizer._get_model_param_range_map(weight)["param"]
+                        found = [own.start, own.end]
+                updated.append(found)
+        return owned, updated
+
     def _micro_batches(self, domains: list[int]) -> Iterator[list[torch.Tensor]]:
         """Tokens, labels and masks of this rank's micro-batches, dealt as Megatron's sampler."""
         from megatron.core import parallel_state
@@ -365,11 +384,14 @@ def measure(case: Case) -> dict[str, Any]:
                 name: getattr(statistics, name).tolist()
                 for name in ("alignment", "grad_sq_norm", "gram", "loss", "tokens")
             }
+            measured["reduced_bytes"] = statistics.reduced_bytes
             measured[estimator]["average_gram"] = _average_gram(mixer)
         finally:
             megatron_acodm.unpatch()
     measured["probes"] = [statistics.weight_norm.tolist(), statistics.weight_delta_norm.tolist()]
     measured["norms"] = _norms(before, host.probed_weights())
+    if case.overlap_param_gather:
+        measured["owned"], measured["updated"] = host.parts_of_weights()
     return measured
 
 

@@ -42,7 +42,7 @@ def _container(**changes: Any) -> SimpleNamespace:
                               rampup_batch_size=None, skip_train=False),
         model=SimpleNamespace(expert_model_parallel_size=1, cuda_graph_impl="none", seq_length=64),
         dataset=SimpleNamespace(dataloader_type="single", random_seed=7, mock=False),
-        ddp=SimpleNamespace(use_megatron_fsdp=False),
+        ddp=SimpleNamespace(overlap_param_gather=True, use_megatron_fsdp=False),
         dist=SimpleNamespace(use_torch_fsdp2=False),
         checkpoint=SimpleNamespace(save=None, load=None, ckpt_format="torch_dist"),
     )  # fmt: skip
@@ -283,13 +283,14 @@ def test_our_checkpoints_load_without_us_and_plain_ones_with_us(
     [
         ("model.tensor_model_parallel_size=2",),
         ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"),
+        ("ddp.use_distributed_optimizer=true", "ddp.overlap_grad_reduce=true"),
         (
             "ddp.use_distributed_optimizer=true",
             "ddp.overlap_grad_reduce=true",
             "ddp.overlap_param_gather=true",
         ),
     ],
-    ids=["tensor", "virtual pipeline", "data, distributed optimizer"],
+    ids=["tensor", "virtual pipeline", "data, distributed optimizer", "data, gathered late"],
 )
 def test_layouts_of_two_processes(
     pretrain: Pretrain, undisturbed: Trained, layout: tuple[str, ...]

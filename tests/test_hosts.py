@@ -395,6 +395,10 @@ def test_other_batch_sizes_than_those_of_the_checkpoint_are_refused(
         ({"sft": True}, "--sft"),
         ({"expert_model_parallel_size": 8}, "--expert-model-parallel-size is 8"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        (
+            {"overlap_param_gather": True, "fp8_param_gather": True},
+            "--overlap-param-gather with --fp8-param-gather: .*remove one of them",
+        ),
         ({"ckpt_format": "fsdp_dtensor"}, "--ckpt-format is 'fsdp_dtensor'"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl is 'local'"),
         ({"save": "msc://bucket/run"}, "--save must be a folder"),
@@ -404,7 +408,7 @@ def test_what_does_not_work_is_refused_with_a_remedy(
     arguments: dict[str, Any], message: str
 ) -> None:
     good = {"dataloader_type": "single", "cuda_graph_impl": "none", "ckpt_format": "torch_dist"}
-    refuse_unsupported(Namespace(**good), AcodmConfig())
+    refuse_unsupported(Namespace(**good, overlap_param_gather=True), AcodmConfig())
     with pytest.raises(ValueError, match=message):
         refuse_unsupported(Namespace(**{**good, **arguments}), AcodmConfig())
 

@@ -286,9 +286,16 @@ def test_without_a_policy_losses_are_megatrons_and_it_loads_our_checkpoints(
         ("--tensor-model-parallel-size", "2"),
         ("--pipeline-model-parallel-size", "2"),
         ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"),
+        ("--use-distributed-optimizer", "--overlap-grad-reduce"),
         ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ],
-    ids=["tensor", "pipeline", "virtual pipeline", "data, distributed optimizer"],
+    ids=[
+        "tensor",
+        "pipeline",
+        "virtual pipeline",
+        "data, distributed optimizer",
+        "data, gathered late",
+    ],
 )
 def test_layouts_of_two_processes(
     launch: Launcher, undisturbed: Trained, layout: tuple[str, ...]

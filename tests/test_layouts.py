@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import ENVIRONMENT
 from host import start_megatron
-from layout_worker import WEIGHTS, Case, measure
-from reference_gpt import Scores, reference_scores
+from layout_worker import SKETCH_SIZE, WEIGHTS, Case, measure
+from reference_gpt import DOMAINS, Scores, reference_scores
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 TIMEOUT_S = 240  # of all cases of a number of processes
@@ -300,3 +300,27 @@ def test_probes_see_the_weights_that_all_ranks_will_have(case: Case, measured: M
         assert min(expected[1]) > 0.0
         np.testing.assert_allclose(norms, expected[0], rtol=1e-6)
         np.testing.assert_allclose(changes, expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.overlap_param_gather], ids=_case_name
+)
+def test_ranks_own_what_their_optimizers_update(case: Case, measured: Measured) -> None:
+    reports = measured(case)
+    for report in reports:
+        assert report["owned"] == report["updated"]
+    assert len({json.dumps(report["owned"]) for report in reports}) > 1
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.name.startswith("DP 2, ") and case.overlap_grad_reduce],
+    ids=_case_name,
+)
+def test_what_a_step_reduces_is_what_the_docs_say(case: Case, measured: Measured) -> None:
+    probes = 4
+    rows_and_losses = 4 * (DOMAINS * SKETCH_SIZE + 3 * DOMAINS)
+    products = 8 * (2 * DOMAINS**2 + 5 * DOMAINS + 3 * probes + 1)  # with averages, and of all
+    late = 8 * 3 * probes if case.overlap_param_gather else 0
+    for report in measured(case):
+        assert report["reduced_bytes"] == rows_and_losses + products + late

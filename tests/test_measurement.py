@@ -16,7 +16,7 @@ from megatron_acodm import AcodmConfig, Mixer, RunShape
 from megatron_acodm.config import AlignmentConfig, MixingConfig
 from megatron_acodm.megatron.measurement import _loss_and_tokens
 from megatron_acodm.megatron.model import TrainingModel
-from megatron_acodm.megatron.parameters import select_parameters
+from megatron_acodm.megatron.parameters import WeightProbe, select_parameters
 
 CONFIG = AlignmentConfig(estimator="exact", depths=(0.5, 1.0), num_probes=3)
 RUN = RunShape(train_iters=10, global_batch_size=12, micro_batch_size=2)
@@ -240,6 +240,26 @@ def test_probes_see_the_weights_and_their_change() -> None:
         assert statistics.weight_delta_norm[index] == pytest.approx(change.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("partition_dim", [0, 1])
+def test_probes_of_the_parts_of_a_weight_add_up(partition_dim: int) -> None:
+    weight = torch.nn.Parameter(torch.randn(200, 150))
+    weight.partition_dim = partition_dim  # type: ignore[attr-defined]
+    parts = (range(12_345), range(12_345, 30_000), range(30_000, 30_000))
+    probes = [WeightProbe(0, weight, part) for part in (None, *parts)]
+    for probe in probes:
+        probe.before_update()
+    with torch.no_grad():
+        weight.add_(torch.randn_like(weight))
+    whole, *measured = (probe.after_update() for probe in probes)
+    assert 0 < measured[0][2] < whole[2] < weight.numel()
+    assert measured[2].tolist() == [0.0] * 3
+    torch.testing.assert_close(sum(measured), whole)
+
+
+class _Quantised(torch.Tensor):
+    """A weight that says it lies in another's storage."""
+
+
 def test_measuring_does_not_change_the_training_step() -> None:
     plain, measured = tiny_model(), tiny_model()
     forward_backward(plain, BATCHES)
@@ -397,6 +417,7 @@ def _unpatched_measure(model: TrainingModel) -> Any:
         ("experts", "expert parallelism of size 2 is not supported"),
         ("fsdp", "under Megatron's DistributedDataParallel only"),
         ("other weights gathered", "--overlap-param-gather is not supported with these weights"),
+        ("quantised weights", "--overlap-param-gather is not supported with these weights"),
         ("no ddp", "the model is wrapped in GPTModel"),
     ],
 )
@@ -416,6 +437,13 @@ def test_layouts_that_cannot_be_measured_are_refused_at_set_up(
         chunks[0].ddp_config.overlap_param_gather = True
         for bucket in chunks[0].bucket_groups[0].buckets:
             bucket.param_data = bucket.grad_data.clone()
+    elif break_layout == "quantised weights":
+        chunks[0].ddp_config.overlap_param_gather = True
+        group = chunks[0].bucket_groups[0]
+        group.intra_distributed_optimizer_instance_size = 1
+        group.intra_distributed_optimizer_instance_rank = 0
+        for weight in group.params:
+            weight.data = weight.data.as_subclass(_Quantised)
     else:
         chunks = [chunks[0].module]
     mixer = megatron_acodm.patch(AcodmConfig(alignment=CONFIG), RUN)

@@ -17,9 +17,9 @@ class AverageGradients:
 
     Products of one step's gradients with each other share the noise of that step, above all a
     domain's product with itself. An average of *earlier* steps has other noise, and far less of it.
-    The optimizer has moved along it since, and comes back from what it overshot: <g_i, m_j> says
-    how much of what a step along domain i's gradient gains domain j is there to stay. That is far
-    less than the slope of the moment, and may be negative (docs/log.md).
+    The optimizer has moved along it since, and comes back from what it overshot: <g_i, m_j> is not
+    the slope of the moment, but nearer to what of a gain is there to stay. It is far less, and may
+    be negative (docs/log.md).
 
     What is averaged is what an estimator's rows stand for, so a rank holds the part of its own
     parameters, and products add up over the model's shards as the estimator's do.

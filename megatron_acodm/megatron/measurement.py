@@ -258,8 +258,9 @@ class StepMeasurement:
         """Start to sum over the model's shards, after the host's optimizer step; collective.
 
         Returns:
-            What waits for the sums, in any thread, and gives the statistics. Nothing else waits:
-            the host goes on, and so does what its device was given to do.
+            What waits for the sums, in any thread, and gives the statistics. Nothing else waits
+            for them: the host goes on, and so does what its device was given to do. (Sharded probes
+            are added up first, which both wait for.)
         """
         if not self._reduced:
             raise RuntimeError("the step ended without finalize_model_grads; nothing was measured")

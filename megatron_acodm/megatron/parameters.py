@@ -256,19 +256,26 @@ def _owned(weight: torch.nn.Parameter, model_chunks: Sequence[Any]) -> range:
         for bucket in group.buckets:
             if weight not in bucket.params:
                 continue
-            gathered, numbers = bucket.param_data, weight.data
-            if gathered is None or (
-                gathered.untyped_storage().data_ptr() != numbers.untyped_storage().data_ptr()
-            ):
+            if not _is_part(weight.data, bucket.param_data):
                 break
-            size = gathered.numel() // group.intra_distributed_optimizer_instance_size
-            start = gathered.storage_offset() - numbers.storage_offset()
+            size = bucket.param_data.numel() // group.intra_distributed_optimizer_instance_size
+            start = bucket.param_data.storage_offset() - weight.data.storage_offset()
             start += group.intra_distributed_optimizer_instance_rank * size
             return range(
                 min(max(start, 0), weight.numel()), min(max(start + size, 0), weight.numel())
             )
     raise ValueError(
         "--overlap-param-gather is not supported with these weights, which are not themselves a "
-        "part of what the distributed optimizer gathers (weights in fewer bits, a layer-wise "
-        "optimizer); remove the flag"
+        "part of what the distributed optimizer gathers (weights in fewer bits, say); remove the "
+        "flag"
     )
+
+
+def _is_part(weight: torch.Tensor, buffer: torch.Tensor | None) -> bool:
+    """Whether a weight's numbers lie in a buffer as they are."""
+    # Quantised weights are of other types, which may say that they share its storage.
+    if buffer is None or type(weight) is not torch.Tensor or weight.dtype != buffer.dtype:
+        return False
+    same = weight.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+    start = weight.storage_offset() - buffer.storage_offset()
+    return same and 0 <= start <= buffer.numel() - weight.numel()

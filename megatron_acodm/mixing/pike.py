@@ -33,7 +33,7 @@ class PikePolicy(Policy):
     - Both come from products with a moving average of the domain's gradient over earlier steps,
       whose noise is other: <g_k, m_k> stands for ||grad L_k||^2, and what ||g_k||^2 exceeds it by
       for sigma_k^2 / b_k, in a step with b_k sequences of the domain. The optimizer comes back from
-      what it overshoots, so that the first is too low and may be 0.
+      what it overshoots, so that the first is too low, and counts as 0 where it is negative.
     """
 
     name: ClassVar[str] = "pike"

@@ -29,7 +29,7 @@ _PATHS = {
         "non_persistent_save_interval", "save", "save_interval",
     ),
     "dataset": ("dataloader_type",),
-    "ddp": ("use_megatron_fsdp",),
+    "ddp": ("fp8_param_gather", "overlap_param_gather", "use_megatron_fsdp"),
     "dist": ("distributed_timeout_minutes", "use_torch_fsdp2"),
     "logger": ("tensorboard_dir", "tensorboard_log_interval"),
     "model": (

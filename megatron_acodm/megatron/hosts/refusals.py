@@ -76,6 +76,10 @@ _OF_GRADIENTS: tuple[_Problem, ...] = (
 """Under policies that compare gradients."""
 
 
+_WEIGHTS_ELSEWHERE = ("fp8_param_gather", "fp4_param_gather", "fp4_param")
+"""Under these what is gathered are not the weights themselves."""
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -112,6 +116,13 @@ def unsupported(
         found.append(
             f"{name_of('cuda_graph_scope')} full_iteration hides every step; use another scope"
         )
+    if getattr(args, "overlap_param_gather", False):
+        found += [
+            f"{name_of('overlap_param_gather')} with {name_of(name)}: which rank has which of a "
+            "step's new weights is not known then; remove one of them"
+            for name in _WEIGHTS_ELSEWHERE
+            if getattr(args, name, False)
+        ]
     for name in ("save", "load"):
         if "://" in str(getattr(args, name, None)):
             found.append(f"{name_of(name)} must be a folder, so that the policy is saved in it")
