@@ -9,14 +9,12 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from multiprocessing.managers import BaseManager
 from typing import Any
-
-_POLL_S = 1.0
 
 
 @contextmanager
@@ -56,8 +54,7 @@ def end_with_parent() -> None:
     assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent.pid:
-            time.sleep(_POLL_S)
+        wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
