@@ -16,7 +16,7 @@ from megatron_acodm import AcodmConfig, Mixer, RunShape
 from megatron_acodm.config import AlignmentConfig, MixingConfig
 from megatron_acodm.megatron.measurement import _loss_and_tokens
 from megatron_acodm.megatron.model import TrainingModel
-from megatron_acodm.megatron.parameters import WeightProbe, select_parameters
+from megatron_acodm.megatron.parameters import WeightProbe, _is_part, select_parameters
 
 CONFIG = AlignmentConfig(estimator="exact", depths=(0.5, 1.0), num_probes=3)
 RUN = RunShape(train_iters=10, global_batch_size=12, micro_batch_size=2)
@@ -260,6 +260,17 @@ class _Quantised(torch.Tensor):
     """A weight that says it lies in another's storage."""
 
 
+def test_only_weights_that_lie_in_the_buffer_as_they_are_count_as_its_part() -> None:
+    storage = torch.zeros(64)
+    buffer, weight = storage[16:48], storage[20:36].view(4, 4)
+    assert _is_part(weight, buffer)
+    assert not _is_part(weight, None)
+    assert not _is_part(weight.clone(), buffer)
+    assert not _is_part(weight.as_subclass(_Quantised), buffer)
+    assert not _is_part(weight.view(torch.int32), buffer)
+    assert not _is_part(storage[8:24], buffer) and not _is_part(storage[40:56], buffer)
+
+
 def test_measuring_does_not_change_the_training_step() -> None:
     plain, measured = tiny_model(), tiny_model()
     forward_backward(plain, BATCHES)
@@ -417,7 +428,6 @@ def _unpatched_measure(model: TrainingModel) -> Any:
         ("experts", "expert parallelism of size 2 is not supported"),
         ("fsdp", "under Megatron's DistributedDataParallel only"),
         ("other weights gathered", "--overlap-param-gather is not supported with these weights"),
-        ("quantised weights", "--overlap-param-gather is not supported with these weights"),
         ("no ddp", "the model is wrapped in GPTModel"),
     ],
 )
@@ -437,13 +447,6 @@ def test_layouts_that_cannot_be_measured_are_refused_at_set_up(
         chunks[0].ddp_config.overlap_param_gather = True
         for bucket in chunks[0].bucket_groups[0].buckets:
             bucket.param_data = bucket.grad_data.clone()
-    elif break_layout == "quantised weights":
-        chunks[0].ddp_config.overlap_param_gather = True
-        group = chunks[0].bucket_groups[0]
-        group.intra_distributed_optimizer_instance_size = 1
-        group.intra_distributed_optimizer_instance_rank = 0
-        for weight in group.params:
-            weight.data = weight.data.as_subclass(_Quantised)
     else:
         chunks = [chunks[0].module]
     mixer = megatron_acodm.patch(AcodmConfig(alignment=CONFIG), RUN)
