@@ -147,11 +147,11 @@ class DDPGAgent:
         reward_error = functional.mse_loss(rewards, batch.rewards)
         future_error = functional.mse_loss(future, self.future_target(batch))
         critic_loss = self.critic.descend(reward_error + future_error)
+        self.critic.follow(self.config.tau)
         mixtures = self.actor.network(batch.states)
         value = self.critic.network(batch.states, mixtures).mean()
         distance = self.actor.network.distance_from_prior(mixtures).mean()
         self.actor.descend(self.config.prior_strength * distance - value)
-        self.critic.follow(self.config.tau)
         self.actor.follow(self.config.tau)
         return Losses(critic_loss, value.item())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +23,11 @@ class RunningMoments:
 
     def __init__(self, size: int) -> None:
         self.count = 0
-        self.mean = torch.zeros(size, dtype=torch.float64)
-        self.variance = torch.zeros(size, dtype=torch.float64)
+        self.mean = np.zeros(size)
+        self.variance = np.zeros(size)
         self._refresh()
 
-    def update(self, value: Tensor, inner_variance: float = 0.0) -> None:
+    def update(self, value: np.ndarray, inner_variance: float = 0.0) -> None:
         """Take in one ``value`` [size].
 
         Args:
@@ -35,7 +36,7 @@ class RunningMoments:
         """
         self.count += 1
         rate = (1.0 + _FORGETTING) / (self.count + _FORGETTING)
-        difference = value.double() - self.mean
+        difference = value - self.mean
         self.mean += rate * difference
         self.variance += rate * difference * difference
         self.variance *= 1.0 - rate
@@ -50,8 +51,8 @@ class RunningMoments:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""
         return {
             "count": self.count,
-            "mean": self.mean.clone(),
-            "variance": self.variance.clone(),
+            "mean": torch.from_numpy(self.mean.copy()),
+            "variance": torch.from_numpy(self.variance.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -60,18 +61,18 @@ class RunningMoments:
         Raises:
             ValueError: if the saved moments are of another size.
         """
-        if state["mean"].shape != self.mean.shape:
+        if len(state["mean"]) != len(self.mean):
             raise ValueError(
                 f"the saved moments are of {len(state['mean'])} features, this policy has "
                 f"{len(self.mean)}; keep the domains and alignment.num_probes of the saved run"
             )
         self.count = state["count"]
-        self.mean.copy_(state["mean"])
-        self.variance.copy_(state["variance"])
+        self.mean = state["mean"].numpy().copy()
+        self.variance = state["variance"].numpy().copy()
         self._refresh()
 
     def _refresh(self) -> None:
-        spread = self.variance.sqrt().clamp_(min=1e-30)
-        spread = torch.maximum(spread, _MIN_RELATIVE_SPREAD * self.mean.abs())
-        self._shift = self.mean.float()
-        self._inverse_spread = spread.reciprocal().float()
+        spread = np.maximum(np.sqrt(self.variance), 1e-30)
+        spread = np.maximum(spread, _MIN_RELATIVE_SPREAD * np.abs(self.mean))
+        self._shift = torch.from_numpy(self.mean.astype(np.float32))
+        self._inverse_spread = torch.from_numpy((1.0 / spread).astype(np.float32))

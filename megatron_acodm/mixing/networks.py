@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megatron_acodm.mixing.simplex import Bounds, uniform_weights
 
@@ -15,17 +16,34 @@ _ACTOR_HEAD_SCALE = 0.01
 """The actor's last layer starts this small, so that its first mixtures are the prior."""
 
 
-def _mlp(inputs: int, hidden: int, layers: int, outputs: int, head_scale: float) -> nn.Sequential:
+class _MLP(nn.Sequential):
     """``layers`` times Linear, LayerNorm, ReLU; then a Linear head with scaled initial weights."""
-    modules: list[nn.Module] = []
-    for _ in range(layers):
-        modules += [nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()]
-        inputs = hidden
-    head = nn.Linear(inputs, outputs)
-    with torch.no_grad():
-        head.weight.mul_(head_scale)
-        head.bias.zero_()
-    return nn.Sequential(*modules, head)
+
+    def __init__(
+        self, inputs: int, hidden: int, layers: int, outputs: int, head_scale: float
+    ) -> None:
+        modules: list[nn.Module] = []
+        for _ in range(layers):
+            modules += [nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+            inputs = hidden
+        head = nn.Linear(inputs, outputs)
+        with torch.no_grad():
+            head.weight.mul_(head_scale)
+            head.bias.zero_()
+        super().__init__(*modules, head)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the layers give one after the other.
+
+        Their functions are called, not they: at this size a module's call costs as much as its
+        arithmetic.
+        """
+        *layers, head = self
+        for linear, norm in zip(layers[::3], layers[1::3], strict=True):
+            inputs = functional.linear(inputs, linear.weight, linear.bias)
+            shape = norm.normalized_shape
+            inputs = functional.layer_norm(inputs, shape, norm.weight, norm.bias, norm.eps).relu_()
+        return functional.linear(inputs, head.weight, head.bias)
 
 
 class Actor(nn.Module):
@@ -46,7 +64,7 @@ class Actor(nn.Module):
     ) -> None:
         """``prior`` [K] is the first mixture."""
         super().__init__()
-        self.net = _mlp(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
+        self.net = _MLP(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
         for name in ("log_prior", "floor", "uniform"):
             self.register_buffer(name, torch.empty(len(prior)), persistent=False)
         self._prior = prior
@@ -70,9 +88,8 @@ class Actor(nn.Module):
         self._prior = prior
         active, floor = self.bounds.active, self.bounds.floor
         least = np.maximum(FLOOR_MARGIN * (1.0 / active.sum() - floor), 1e-9)  # 0 where floor = 1/K
-        share = np.maximum(prior - floor, least)
-        log_share = np.log(share, where=active, out=np.full(len(prior), -np.inf))
-        self.log_prior.copy_(torch.from_numpy(log_share))
+        log_share = np.log(np.maximum(prior - floor, least))
+        self.log_prior.copy_(torch.from_numpy(np.where(active, log_share, -np.inf)))
 
     def forward(self, states: Tensor) -> Tensor:
         """Mixtures [..., K] for standardised ``states`` [..., S]."""
@@ -108,7 +125,7 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.num_domains = num_domains
-        self.net = _mlp(state_size + num_domains, hidden_size, num_layers, num_domains + 1, 0.0)
+        self.net = _MLP(state_size + num_domains, hidden_size, num_layers, num_domains + 1, 0.0)
 
     def parts(self, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Each domain's reward [..., K], and the discounted value of what follows [...]."""

@@ -25,7 +25,7 @@ class Transitions(NamedTuple):
 
 
 class ReplayBuffer:
-    """Up to ``capacity`` transitions in preallocated float32 tensors; the oldest leave first.
+    """Up to ``capacity`` transitions in a preallocated float32 tensor; the oldest leave first.
 
     A sample's age is ``size * u ** recency`` for uniform u. Recency 1 is uniform sampling, under
     which a new transition waits for size / batch updates to be seen: as the buffer fills, the
@@ -40,18 +40,13 @@ class ReplayBuffer:
         self.recency = recency
         self.size = 0
         self._next = 0
-        self._storage = Transitions(
-            torch.zeros(capacity, state_size),
-            torch.zeros(capacity, num_domains),
-            torch.zeros(capacity, num_domains),
-            torch.zeros(capacity, state_size),
-        )
+        self._widths = (state_size, num_domains, num_domains, state_size)
+        self._rows = torch.zeros(capacity, sum(self._widths))
         self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, state: Tensor, weights: Tensor, rewards: Tensor, next_state: Tensor) -> None:
         """Store one transition: [S], [K], [K], [S]."""
-        for part, value in zip(self._storage, (state, weights, rewards, next_state), strict=True):
-            part[self._next] = value
+        torch.cat([state, weights, rewards, next_state], out=self._rows[self._next])
         self._next = (self._next + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
@@ -60,15 +55,15 @@ class ReplayBuffer:
         uniform = torch.rand(batch_size, dtype=torch.float64, generator=self._generator)
         ages = (self.size * uniform**self.recency).long()
         indices = (self._next - 1 - ages) % self.capacity
-        return Transitions(*(part[indices] for part in self._storage))
+        return self._parts(self._rows[indices])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""
-        parts = self._storage._asdict()
+        parts = self._parts(self._rows[: self.size])._asdict()
         return {
             "next": self._next,
             "generator": self._generator.get_state(),
-            "transitions": {name: part[: self.size].clone() for name, part in parts.items()},
+            "transitions": {name: part.clone() for name, part in parts.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -78,7 +73,8 @@ class ReplayBuffer:
             ValueError: if the stored transitions do not fit this buffer.
         """
         saved = state["transitions"]
-        for name, part in self._storage._asdict().items():
+        parts = self._parts(self._rows)._asdict()
+        for name, part in parts.items():
             size = len(saved[name])
             full = size == self.capacity
             if saved[name].shape[1:] != part.shape[1:] or not (full or state["next"] == size):
@@ -87,8 +83,12 @@ class ReplayBuffer:
                     f"not fit a buffer of {list(part.shape)}; keep agent.replay_capacity, the "
                     "domains and alignment.num_probes of the saved run"
                 )
-        for name, part in self._storage._asdict().items():
+        for name, part in parts.items():
             self.size = len(saved[name])
             part[: self.size] = saved[name]
         self._next = state["next"]
         self._generator.set_state(state["generator"])
+
+    def _parts(self, rows: Tensor) -> Transitions:
+        """Views of ``rows`` [N, S + K + K + S]."""
+        return Transitions(*rows.split(self._widths, dim=-1))

@@ -73,7 +73,7 @@ class RewardTracker:
         share, single = weights[drawn] / weights[drawn].sum(), alignment[drawn]
         mean = float(share @ single)
         deviation = float(share @ (single - mean) ** 2)
-        self.moments.update(torch.tensor([mean]), inner_variance=deviation)
+        self.moments.update(np.array([mean], dtype=np.float32), inner_variance=deviation)
 
     def standardize(self, rewards: Tensor) -> Tensor:
         """Raw ``rewards`` [..., K] on the scale the critic sees, clipped."""

@@ -84,7 +84,7 @@ class Bounds:
         kinks = np.sort(np.concatenate([point - self.ceiling, point - self.floor]))
 
         def clipped(shift: float) -> np.ndarray:
-            return np.clip(point - shift, self.floor, self.ceiling)
+            return np.minimum(np.maximum(point - shift, self.floor), self.ceiling)
 
         low, high = 0, len(kinks) - 1
         while high - low > 1:

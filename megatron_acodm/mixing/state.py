@@ -52,9 +52,9 @@ class StateEncoder:
             self._probes,
             [2.0 * observation.progress - 1.0],
         )
-        state = torch.from_numpy(np.concatenate(features)).float()
+        state = np.concatenate(features).astype(np.float32)
         self.moments.update(state)
-        return state
+        return torch.from_numpy(state)
 
     def standardize(self, states: Tensor) -> Tensor:
         """Raw ``states`` [..., 3K + 2D + 1] on the scale the networks see, clipped."""
