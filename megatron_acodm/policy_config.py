@@ -33,10 +33,10 @@ class AgentConfig:
     """Hidden layers of actor and of critic (paper: 5)."""
 
     actor_lr: float = 2e-4
-    """Adam learning rate of the actor (paper: 1e-4)."""
+    """Adam learning rate of the actor."""
 
     critic_lr: float = 6e-4
-    """Adam learning rate of the critic (paper: 1e-4)."""
+    """Adam learning rate of the critic."""
 
     prior_strength: float = 1.0
     """lambda: the actor ascends Q - lambda KL(mixture || prior) (paper: 0).
