@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +38,9 @@ def _batch(seed: int, size: int = 6) -> Transitions:
     )
 
 
-def _double(network: torch.nn.Module) -> torch.nn.Module:
-    return copy.deepcopy(network).double()
+def _double(network: Any) -> Any:
+    """A copy in float64 that autograd follows."""
+    return copy.deepcopy(network).double().requires_grad_()
 
 
 def _forward_by_hand(net: torch.nn.Sequential, x: np.ndarray) -> np.ndarray:
@@ -70,8 +72,9 @@ def test_the_critic_is_the_weighted_rewards_plus_what_follows(agent: DDPGAgent) 
     x = np.concatenate([states, weights * DOMAINS - 1], axis=1)
     output = _forward_by_hand(critic.net, x)
     expected = (weights * output[:, :DOMAINS]).sum(axis=1) + output[:, DOMAINS]
-    actual = critic(batch.states, batch.weights).detach()
+    actual = critic(batch.states, batch.weights)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(critic.slope(batch.states, batch.weights)[0], actual)
 
 
 def test_what_follows_is_worth_gamma_q_of_the_targets(agent: DDPGAgent) -> None:
@@ -95,31 +98,67 @@ def test_what_follows_cannot_exceed_what_clipped_rewards_add_up_to(agent: DDPGAg
     torch.testing.assert_close(agent.future_target(_batch(seed=2)), torch.full((6,), limit))
 
 
-def test_each_optimizer_steps_on_its_own_gradient(agent: DDPGAgent) -> None:
-    batch = _batch(seed=3)
-    with torch.no_grad():
-        agent.actor.network.net[-1].weight.mul_(100.0)  # away from the prior
+@pytest.mark.parametrize("ceiling", [1.0, 0.44])
+def test_each_network_descends_along_its_own_gradient(
+    agent: DDPGAgent, ceiling: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, taken = _batch(seed=3, size=40), {}
+    agent.restrict(Bounds.build(np.ones(DOMAINS, bool), 0.05, ceiling))
+    agent.actor.network.net[-1].weight.mul_(100.0)  # away from the prior
     target = agent.future_target(batch).double()
     critic, actor = _double(agent.critic.network), _double(agent.actor.network)
     states, weights = batch.states.double(), batch.weights.double()
-    rewards, future = critic.parts(states, weights)  # type: ignore[operator]
-    loss = (rewards - batch.rewards).square().mean() + (future - target).square().mean()
+    output = critic.net(torch.cat([states, weights * DOMAINS - 1], dim=-1))
+    errors = output - torch.cat([batch.rewards, target[:, None]], dim=-1)
+    loss = errors[:, :DOMAINS].square().mean() + errors[:, DOMAINS].square().mean()
     critic_gradients = torch.autograd.grad(loss, list(critic.parameters()))
+    for name, learner in (("critic", agent.critic), ("actor", agent.actor)):
+        descend = learner.descend
+
+        def recorded(gradients: list[Any], name: str = name, descend: Any = descend) -> None:
+            taken[name] = [gradient.double() for gradient in gradients]
+            descend(gradients)
+
+        monkeypatch.setattr(learner, "descend", recorded)
 
     losses = agent.update(batch)
     assert losses.critic_loss == pytest.approx(loss.item(), rel=1e-4)
-    for parameter, expected in zip(agent.critic.parameters, critic_gradients, strict=True):
-        torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(taken["critic"], [*critic_gradients], rtol=1e-3, atol=1e-6)
     # The actor ascends the value that the critic, after its own step, gives to its mixtures.
     mixtures = actor(states)
+    assert (mixtures.amax(dim=-1) > 0.999 * ceiling).any() == (ceiling < 1.0)
+    assert (mixtures.amax(dim=-1) < 0.99 * ceiling).any()
     value = _double(agent.critic.network)(states, mixtures).mean()
     distance = (mixtures * (mixtures.log() - torch.from_numpy(PRIOR).log())).sum(-1).mean()
     assert distance > 0.01
     assert losses.value == pytest.approx(value.item(), rel=1e-3, abs=1e-5)
     loss = CONFIG.prior_strength * distance - value
     actor_gradients = torch.autograd.grad(loss, list(actor.parameters()))
-    for parameter, expected in zip(agent.actor.parameters, actor_gradients, strict=True):
-        torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(taken["actor"], [*actor_gradients], rtol=1e-3, atol=1e-6)
+
+
+def test_the_gradients_of_the_networks_are_autograds(agent: DDPGAgent) -> None:
+    net = _double(agent.critic.network).net
+    inputs = torch.randn(7, STATE + DOMAINS, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(7, DOMAINS + 1, dtype=torch.float64)
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad(net(inputs), [inputs, *parameters], direction)
+    with torch.no_grad():
+        _, hidden = net.trace(inputs)
+        found = [net.input_gradient(hidden, direction), *net.parameter_gradients(hidden, direction)]
+    torch.testing.assert_close(found, [*expected], rtol=1e-12, atol=1e-12)
+
+
+def test_no_step_is_taken_along_a_gradient_that_is_not_finite(agent: DDPGAgent) -> None:
+    learner = agent.critic
+    gradients = [torch.zeros_like(parameter) for parameter in learner.network.parameters()]
+    gradients[0][0, 0] = 1e30  # its square is beyond float32
+    with pytest.raises(FloatingPointError, match=r"Critic's gradient is inf; it is put back"):
+        learner.descend(gradients)
+    pairs = zip(learner.network.parameters(), learner.target.parameters(), strict=True)
+    assert all(torch.equal(online, target) for online, target in pairs)
+    for moments in learner.state_dict()["optimizer"].values():
+        assert all(moment.abs().max() == 0.0 for moment in moments.values())
 
 
 def test_both_networks_change_and_their_targets_follow_by_tau(agent: DDPGAgent) -> None:
@@ -143,14 +182,16 @@ def test_both_networks_change_and_their_targets_follow_by_tau(agent: DDPGAgent) 
             torch.testing.assert_close(followed, expected)
 
 
-def test_a_masked_domain_adds_nothing_to_the_distance_from_the_prior(agent: DDPGAgent) -> None:
+def test_a_masked_domain_leaves_the_distance_from_the_prior_finite(agent: DDPGAgent) -> None:
     agent.restrict(Bounds.build(np.array([True, False, True]), 0.05, 1.0))
     actor, states = agent.actor.network, _batch(seed=2).states
     mixtures = actor(states)
     prior = torch.tensor([0.45, 0.0, 0.15]) / 0.6 * 0.9 + torch.tensor([0.05, 0.0, 0.05])
     kept = [0, 2]
-    expected = (mixtures[:, kept] * (mixtures[:, kept] / prior[kept]).log()).sum(-1)
-    torch.testing.assert_close(actor.distance_from_prior(mixtures), expected, rtol=1e-4, atol=1e-6)
+    expected = (mixtures[:, kept] / prior[kept]).log()
+    log_ratio = actor.log_ratio(mixtures)
+    torch.testing.assert_close(log_ratio[:, kept], expected, rtol=1e-4, atol=1e-6)
+    assert log_ratio.isfinite().all()
     assert all(losses == losses for losses in agent.update(_batch(seed=5)))  # no nan
 
 
@@ -174,8 +215,8 @@ def test_another_prior_is_the_mixture_of_a_fresh_actor() -> None:
     agent = DDPGAgent(CONFIG, STATE, PRIOR, BOUNDS, seed=1)
     agent.lean_on(np.array([0.2, 0.7, 0.1]))
     assert agent.act(torch.zeros(STATE)) == pytest.approx(np.array([0.2, 0.7, 0.1]), abs=0.02)
-    mixtures = torch.tensor([[0.2, 0.7, 0.1]])
-    assert agent.actor.network.distance_from_prior(mixtures).item() == pytest.approx(0.0, abs=1e-6)
+    log_ratio = agent.actor.network.log_ratio(torch.tensor([0.2, 0.7, 0.1]))
+    torch.testing.assert_close(log_ratio, torch.zeros(DOMAINS), rtol=0.0, atol=1e-6)
 
 
 def test_the_replay_forgets_the_oldest_and_continues_exactly() -> None:

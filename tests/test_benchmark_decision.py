@@ -54,13 +54,14 @@ def test_timed_decisions_learn_and_the_floor_multiplies_as_much(
     monkeypatch.setattr(tool, "MixingController", recorded)
     decisions = tool.candidates(K=5, D=2)
     agent: Any = built[0].policy
-    before = agent.agent.actor.parameters[0].clone()
+    weight = next(agent.agent.actor.network.parameters())
+    before = weight.clone()
     counted = {}
     for name in ("acodm", tool.FLOOR):
         with FlopCounterMode(display=False) as counter:
             decisions[name]()
         counted[name] = counter.get_total_flops()
-    assert not torch.equal(agent.agent.actor.parameters[0], before)
+    assert not torch.equal(weight, before)
     assert counted["acodm"] == counted[tool.FLOOR] > 0
 
 

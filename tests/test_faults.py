@@ -135,7 +135,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_dropped_by_all(
     ("step", "fault"),
     [
         (RAISING_AGENT, "RuntimeError: injected into the decision"),
-        (EXPLODED_CRITIC, "FloatingPointError: the Critic's loss is nan"),
+        (EXPLODED_CRITIC, "FloatingPointError: the squared norm of the Critic's gradient is nan"),
     ],
     ids=["exception inside the agent", "exploding critic"],
 )

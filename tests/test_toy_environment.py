@@ -64,12 +64,12 @@ def test_weights_move_to_the_best_mixture_within_a_short_run(seed: int) -> None:
 
 
 @pytest.mark.parametrize("learner", ["actor", "critic"])
-def test_nothing_is_learned_unless_both_optimizers_step(
+def test_nothing_is_learned_unless_both_networks_descend(
     learner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     controller = six_domains(seed=0)
-    optimizer = getattr(controller.policy.agent, learner).optimizer  # type: ignore[attr-defined]
-    monkeypatch.setattr(optimizer, "step", lambda: None)
+    network = getattr(controller.policy.agent, learner)  # type: ignore[attr-defined]
+    monkeypatch.setattr(network, "descend", lambda gradients: None)
     assert abs(gain(settled(play(controller, environment(seed=0))))) < 0.1
     assert controller.policy_failures == 0
 

@@ -94,7 +94,7 @@ def matrix_products(policy: Any) -> Callable[[], None]:
     products: list[tuple[Tensor, Tensor]] = []
     batch = policy.config.replay_batch_size
     for learner, is_actor in ((policy.agent.actor, True), (policy.agent.critic, False)):
-        weights = [p.detach() for p in learner.parameters if p.ndim == 2]
+        weights = [weight for weight in learner.network.parameters() if weight.ndim == 2]
         for layer, weight in enumerate(weights):
             inputs, errors = (torch.zeros(batch, size) for size in reversed(weight.shape))
             forward = [inputs, inputs, inputs[:1] if is_actor else inputs]

@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.optim.adam import adam
 
 from megatron_acodm.config import AgentConfig
 from megatron_acodm.mixing.networks import Actor, Critic
@@ -21,49 +21,50 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Learner(Generic[Network]):
-    """A network, the optimizer that trains it, and the target network that follows it."""
+    """A network, the moments with which Adam trains it, and the target network that follows it."""
 
     def __init__(self, network: Network, lr: float) -> None:
-        self.network = network
-        self.target = copy.deepcopy(network).requires_grad_(False)
-        self.parameters: list[Tensor] = list(network.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+        self.network = network.requires_grad_(False)
+        self.target = copy.deepcopy(network)
+        self.lr = lr
+        self._parameters: list[Tensor] = list(network.parameters())
         self._target_parameters: list[Tensor] = list(self.target.parameters())
+        self._moments = {
+            "step": [torch.zeros(()) for _ in self._parameters],
+            "exp_avg": [torch.zeros_like(parameter) for parameter in self._parameters],
+            "exp_avg_sq": [torch.zeros_like(parameter) for parameter in self._parameters],
+        }
 
-    def descend(self, loss: Tensor) -> float:
-        """One optimizer step down ``loss``, whose gradient reaches no other network.
-
-        Returns:
-            The loss.
+    def descend(self, gradients: list[Tensor]) -> None:
+        """One step of Adam along the ``gradients`` of the network's parameters.
 
         Raises:
-            FloatingPointError: if the loss or its gradient is not finite. What is learned from is
-                finite, so the network has run away: it is put back to its target.
+            FloatingPointError: if they are not finite. What is learned from is finite, so the
+                network has run away: it is put back to its target.
         """
-        value = loss.item()
-        gradients = torch.autograd.grad(loss, self.parameters)
         # Adam keeps squares: one beyond float32 would hold its parameter still for ever.
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum().item()
-        if not (math.isfinite(value) and math.isfinite(squares)):
+        if not math.isfinite(squares):
             self._restart_from_target()
             raise FloatingPointError(
-                f"the {type(self.network).__name__}'s loss is {value:.4g}, the squared norm of its "
-                f"gradient {squares:.4g}; it is put back to its target network"
+                f"the squared norm of the {type(self.network).__name__}'s gradient is "
+                f"{squares:.4g}; it is put back to its target network"
             )
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        return value
+        averages, square_averages = self._moments["exp_avg"], self._moments["exp_avg_sq"]
+        adam(
+            self._parameters, gradients, averages, square_averages, [], self._moments["step"],
+            fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0.0,
+            eps=1e-8, maximize=False,
+        )  # fmt: skip
 
-    @torch.no_grad()
     def _restart_from_target(self) -> None:
-        torch._foreach_copy_(self.parameters, self._target_parameters)
-        self.optimizer.state.clear()
+        torch._foreach_copy_(self._parameters, self._target_parameters)
+        for moments in self._moments.values():
+            torch._foreach_zero_(moments)
 
-    @torch.no_grad()
     def follow(self, tau: float) -> None:
         """Move the target network by the share ``tau`` towards the trained one."""
-        torch._foreach_lerp_(self._target_parameters, self.parameters, tau)
+        torch._foreach_lerp_(self._target_parameters, self._parameters, tau)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""
@@ -71,9 +72,8 @@ class Learner(Generic[Network]):
             "network": _clone(self.network.state_dict()),
             "target": _clone(self.target.state_dict()),
             "optimizer": {
-                name: _clone(self.optimizer.state[parameter])
-                for name, parameter in self.network.named_parameters()
-                if parameter in self.optimizer.state
+                name: _clone({key: moments[place] for key, moments in self._moments.items()})
+                for place, (name, _) in enumerate(self.network.named_parameters())
             },
         }
 
@@ -91,10 +91,9 @@ class Learner(Generic[Network]):
                 "the saved network has another shape; keep agent.hidden_size, agent.num_layers, "
                 f"the domains and alignment.num_probes of the saved run ({error})"
             ) from error
-        self.optimizer.state.clear()
-        for name, parameter in self.network.named_parameters():
-            if name in state["optimizer"]:
-                self.optimizer.state[parameter] = _clone(state["optimizer"][name])
+        for place, (name, _) in enumerate(self.network.named_parameters()):
+            for key, moments in self._moments.items():
+                moments[place].copy_(state["optimizer"][name][key])
 
 
 class Losses(NamedTuple):
@@ -111,7 +110,8 @@ class DDPGAgent:
     """An actor that ascends the value that a critic learns from replayed transitions.
 
     It ascends Q - lambda KL(mixture || prior): the more a mixture departs from the prior, the more
-    there must be to gain.
+    there must be to gain. Along the mixture's weights a_i that is dQ/da_i - lambda log(a_i /
+    prior_i), up to a constant, which moves no weight because they sum to 1.
     """
 
     def __init__(
@@ -125,7 +125,6 @@ class DDPGAgent:
             self.actor = Learner(Actor(*shape, prior, bounds), config.actor_lr)
             self.critic = Learner(Critic(*shape, len(prior)), config.critic_lr)
 
-    @torch.no_grad()
     def act(self, state: Tensor) -> np.ndarray:
         """The actor's mixture [K] float64 for a standardised ``state`` [S]."""
         return self.actor.network(state).double().numpy()
@@ -140,22 +139,20 @@ class DDPGAgent:
         self.actor.network.restrict(bounds)
         self.actor.target.restrict(bounds)
 
-    @torch.enable_grad()
     def update(self, batch: Transitions) -> Losses:
         """One step of the critic, one of the actor; the targets follow. All standardised."""
-        rewards, future = self.critic.network.parts(batch.states, batch.weights)
-        reward_error = functional.mse_loss(rewards, batch.rewards)
-        future_error = functional.mse_loss(future, self.future_target(batch))
-        critic_loss = self.critic.descend(reward_error + future_error)
+        actor, critic = self.actor.network, self.critic.network
+        future = self.future_target(batch)
+        critic_loss, gradients = critic.loss(batch.states, batch.weights, batch.rewards, future)
+        self.critic.descend(gradients)
         self.critic.follow(self.config.tau)
-        mixtures = self.actor.network(batch.states)
-        value = self.critic.network(batch.states, mixtures).mean()
-        distance = self.actor.network.distance_from_prior(mixtures).mean()
-        self.actor.descend(self.config.prior_strength * distance - value)
+        mixtures, trace = actor.trace(batch.states)
+        value, slope = critic.slope(batch.states, mixtures)
+        pull = self.config.prior_strength * actor.log_ratio(mixtures)
+        self.actor.descend(actor.gradients(trace, (pull - slope) / len(slope)))
         self.actor.follow(self.config.tau)
-        return Losses(critic_loss, value.item())
+        return Losses(critic_loss, value.mean().item())
 
-    @torch.no_grad()
     def future_target(self, batch: Transitions) -> Tensor:
         """What follows, gamma Q'(s', mu'(s')) [B]; with the rewards, Q regresses r + this.
 

@@ -1,6 +1,12 @@
-"""The agent's networks: an actor from states to mixtures, a critic from both to their value."""
+"""The agent's networks: an actor from states to mixtures, a critic from both to their value.
+
+Their gradients are written out. At this size autograd's bookkeeping takes as long as the arithmetic
+(docs/benchmarks.md), and the thread that decides holds Python's lock meanwhile.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,34 +22,95 @@ _ACTOR_HEAD_SCALE = 0.01
 """The actor's last layer starts this small, so that its first mixtures are the prior."""
 
 
-class _MLP(nn.Sequential):
+class _HiddenLayer(NamedTuple):
+    """What a hidden layer's backward pass needs of its forward one, for N rows."""
+
+    inputs: Tensor
+    linear: Tensor
+    """[N, H]: before the norm."""
+
+    mean: Tensor
+    inverse_spread: Tensor
+    output: Tensor
+    """[N, H]: after the ReLU."""
+
+
+class MLP(nn.Sequential):
     """``layers`` times Linear, LayerNorm, ReLU; then a Linear head with scaled initial weights."""
 
     def __init__(
         self, inputs: int, hidden: int, layers: int, outputs: int, head_scale: float
     ) -> None:
-        modules: list[nn.Module] = []
+        pairs = []
         for _ in range(layers):
-            modules += [nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+            pairs.append((nn.Linear(inputs, hidden), nn.LayerNorm(hidden)))
             inputs = hidden
         head = nn.Linear(inputs, outputs)
         with torch.no_grad():
             head.weight.mul_(head_scale)
             head.bias.zero_()
-        super().__init__(*modules, head)
+        super().__init__(*(module for pair in pairs for module in (*pair, nn.ReLU())), head)
+        self._layers = (pairs, head)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the layers give one after the other.
+        """Outputs [..., O] for ``inputs`` [..., I]."""
+        return self.trace(inputs)[0]
 
-        Their functions are called, not they: at this size a module's call costs as much as its
-        arithmetic.
-        """
-        *layers, head = self
-        for linear, norm in zip(layers[::3], layers[1::3], strict=True):
-            inputs = functional.linear(inputs, linear.weight, linear.bias)
-            shape = norm.normalized_shape
-            inputs = functional.layer_norm(inputs, shape, norm.weight, norm.bias, norm.eps).relu_()
-        return functional.linear(inputs, head.weight, head.bias)
+    def trace(self, inputs: Tensor) -> tuple[Tensor, list[_HiddenLayer]]:
+        """Outputs [..., O] for ``inputs`` [..., I], and what the gradients below need of them."""
+        pairs, head = self._layers
+        hidden = []
+        for layer, norm in pairs:
+            linear = functional.linear(inputs, layer.weight, layer.bias)
+            output, mean, inverse_spread = torch.native_layer_norm(
+                linear, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+            )
+            hidden.append(_HiddenLayer(inputs, linear, mean, inverse_spread, output.relu_()))
+            inputs = output
+        return functional.linear(inputs, head.weight, head.bias), hidden
+
+    def parameter_gradients(self, hidden: list[_HiddenLayer], gradient: Tensor) -> list[Tensor]:
+        """Of a loss whose ``gradient`` by the outputs is [N, O]; in the order of ``parameters``."""
+        return self._backward(hidden, gradient, learns=True)[::-1]
+
+    def input_gradient(self, hidden: list[_HiddenLayer], gradient: Tensor) -> Tensor:
+        """[N, I] of a loss whose ``gradient`` by the outputs is [N, O]."""
+        return self._backward(hidden, gradient, learns=False)[0]
+
+    def _backward(self, hidden: list[_HiddenLayer], gradient: Tensor, learns: bool) -> list[Tensor]:
+        """From the last layer to the first: their parameters' gradients, or else the inputs'."""
+        pairs, head = self._layers
+        found = []
+        if learns:
+            found += [gradient.sum(dim=0), gradient.t().mm(hidden[-1].output)]
+        gradient = gradient.mm(head.weight)
+        for place in reversed(range(len(pairs))):
+            (layer, norm), kept = pairs[place], hidden[place]
+            gradient = torch.ops.aten.threshold_backward(gradient, kept.output, 0)
+            gradient, by_scale, by_shift = torch.ops.aten.native_layer_norm_backward(
+                gradient, kept.linear, norm.normalized_shape, kept.mean, kept.inverse_spread,
+                norm.weight, norm.bias, (True, learns, learns),
+            )  # fmt: skip
+            if learns:
+                found += [by_shift, by_scale, gradient.sum(dim=0), gradient.t().mm(kept.inputs)]
+            if place > 0 or not learns:
+                gradient = gradient.mm(layer.weight)
+        return found or [gradient]
+
+
+class ActorTrace(NamedTuple):
+    """What the actor's gradients need of how N mixtures came about."""
+
+    share: Tensor
+    """[N, K]: the softmax."""
+
+    weights: Tensor
+    """[N, K]: within the floor, before the pull below the ceiling."""
+
+    pull: Tensor | None
+    """[N, 1]: the share of the way from uniform that is left of them; None where all of it is."""
+
+    hidden: list[_HiddenLayer]
 
 
 class Actor(nn.Module):
@@ -64,7 +131,7 @@ class Actor(nn.Module):
     ) -> None:
         """``prior`` [K] is the first mixture."""
         super().__init__()
-        self.net = _MLP(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
+        self.net = MLP(state_size, hidden_size, num_layers, len(prior), _ACTOR_HEAD_SCALE)
         for name in ("log_prior", "floor", "uniform"):
             self.register_buffer(name, torch.empty(len(prior)), persistent=False)
         self._prior = prior
@@ -93,21 +160,47 @@ class Actor(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Mixtures [..., K] for standardised ``states`` [..., S]."""
-        share = torch.softmax(self.log_prior + self.net(states), dim=-1)
+        return self.trace(states)[0]
+
+    def trace(self, states: Tensor) -> tuple[Tensor, ActorTrace]:
+        """Mixtures [..., K] for ``states`` [..., S], and what ``gradients`` needs of them."""
+        logits, hidden = self.net.trace(states)
+        share = torch.softmax(self.log_prior + logits, dim=-1)
         weights = torch.add(self.floor, share, alpha=self.spread)
-        return weights if self.ceiling >= 1.0 else self._pull_below_ceiling(weights)
-
-    def distance_from_prior(self, weights: Tensor) -> Tensor:
-        """KL(weights || prior) [...] in nats of ``weights`` [..., K] that this actor gave."""
-        prior = self.floor + self.spread * torch.softmax(self.log_prior, dim=-1)
-        tiny = torch.finfo(prior.dtype).tiny  # of a masked domain, which adds 0
-        ratio = weights.clamp(min=tiny) / prior.clamp(min=tiny)
-        return (weights * ratio.log()).sum(dim=-1)
-
-    def _pull_below_ceiling(self, weights: Tensor) -> Tensor:
+        if self.ceiling >= 1.0:
+            return weights, ActorTrace(share, weights, None, hidden)
         room = self.ceiling - self.uniform.max()
-        excess = (weights - self.uniform).amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        return torch.lerp(self.uniform, weights, (room / excess).clamp(max=1.0))
+        pull = (room / self._excess(weights)).clamp(max=1.0)
+        pulled = torch.lerp(self.uniform, weights, pull)
+        return pulled, ActorTrace(share, weights, pull, hidden)
+
+    def gradients(self, trace: ActorTrace, gradient: Tensor) -> list[Tensor]:
+        """Of each parameter, for a loss whose ``gradient`` by the mixtures is [N, K]."""
+        if trace.pull is not None:
+            gradient = self._before_the_pull(trace.weights, trace.pull, gradient)
+        mean = (trace.share * gradient).sum(dim=-1, keepdim=True)
+        by_logits = self.spread * trace.share * (gradient - mean)
+        return self.net.parameter_gradients(trace.hidden, by_logits)
+
+    def log_ratio(self, weights: Tensor) -> Tensor:
+        """log(weights / prior) [..., K]; finite also for a masked domain, whose weight is 0."""
+        prior = self.floor + self.spread * torch.softmax(self.log_prior, dim=-1)
+        tiny = torch.finfo(prior.dtype).tiny
+        return (weights.clamp(min=tiny) / prior.clamp(min=tiny)).log()
+
+    def _excess(self, weights: Tensor) -> Tensor:
+        """By how much the largest of ``weights`` [..., K] is above uniform, [..., 1]."""
+        return (weights - self.uniform).amax(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    def _before_the_pull(self, weights: Tensor, pull: Tensor, gradient: Tensor) -> Tensor:
+        """A gradient [N, K] by mixtures below the ceiling, turned into one by ``weights``.
+
+        u + p (w - u) with p = room / (w_m - u_m) at the largest m: where p < 1, w_m also sets p.
+        """
+        off = weights - self.uniform
+        along = (gradient * off).sum(dim=-1, keepdim=True)
+        by_largest = torch.where(pull < 1.0, -pull * along / self._excess(weights), 0.0)
+        return (pull * gradient).scatter_add(-1, off.argmax(dim=-1, keepdim=True), by_largest)
 
 
 class Critic(nn.Module):
@@ -125,16 +218,38 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.num_domains = num_domains
-        self.net = _MLP(state_size + num_domains, hidden_size, num_layers, num_domains + 1, 0.0)
-
-    def parts(self, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Each domain's reward [..., K], and the discounted value of what follows [...]."""
-        action = weights * self.num_domains - 1.0  # 0 at uniform, of order 1
-        output = self.net(torch.cat([states, action], dim=-1))
-        rewards, future = output.split([self.num_domains, 1], dim=-1)
-        return rewards, future.squeeze(-1)
+        self.net = MLP(state_size + num_domains, hidden_size, num_layers, num_domains + 1, 0.0)
 
     def forward(self, states: Tensor, weights: Tensor) -> Tensor:
         """Q [...]."""
-        rewards, future = self.parts(states, weights)
-        return (weights * rewards).sum(dim=-1) + future
+        return self._value(weights, self.net(self._inputs(states, weights)))
+
+    def loss(
+        self, states: Tensor, weights: Tensor, rewards: Tensor, future: Tensor
+    ) -> tuple[float, list[Tensor]]:
+        """How far it is from ``rewards`` [N, K] and from what follows, ``future`` [N].
+
+        Returns:
+            The mean squared error over all rewards plus that over what follows, and its gradients.
+        """
+        output, hidden = self.net.trace(self._inputs(states, weights))
+        error = output - torch.cat([rewards, future.unsqueeze(-1)], dim=-1)
+        gradient = error * (2.0 / len(error))
+        gradient[:, :-1] /= self.num_domains
+        loss = 0.5 * (error * gradient).sum().item()
+        return loss, self.net.parameter_gradients(hidden, gradient)
+
+    def slope(self, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Q [N], and its gradient by the ``weights``, [N, K]."""
+        output, hidden = self.net.trace(self._inputs(states, weights))
+        by_output = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=-1)
+        by_input = self.net.input_gradient(hidden, by_output)
+        slope = by_input[:, states.shape[-1] :] * self.num_domains + output[:, :-1]
+        return self._value(weights, output), slope
+
+    def _inputs(self, states: Tensor, weights: Tensor) -> Tensor:
+        action = weights * self.num_domains - 1.0  # 0 at uniform, of order 1
+        return torch.cat([states, action], dim=-1)
+
+    def _value(self, weights: Tensor, output: Tensor) -> Tensor:
+        return (weights * output[..., :-1]).sum(dim=-1) + output[..., -1]
