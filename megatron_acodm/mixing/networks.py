@@ -22,6 +22,10 @@ _ACTOR_HEAD_SCALE = 0.01
 """The actor's last layer starts this small, so that its first mixtures are the prior."""
 
 
+_relu_backward = torch.ops.aten.threshold_backward.default
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
 class _HiddenLayer(NamedTuple):
     """What a hidden layer's backward pass needs of its forward one, for N rows."""
 
@@ -86,8 +90,8 @@ class MLP(nn.Sequential):
         gradient = gradient.mm(head.weight)
         for place in reversed(range(len(pairs))):
             (layer, norm), kept = pairs[place], hidden[place]
-            gradient = torch.ops.aten.threshold_backward(gradient, kept.output, 0)
-            gradient, by_scale, by_shift = torch.ops.aten.native_layer_norm_backward(
+            gradient = _relu_backward(gradient, kept.output, 0)
+            gradient, by_scale, by_shift = _layer_norm_backward(
                 gradient, kept.linear, norm.normalized_shape, kept.mean, kept.inverse_spread,
                 norm.weight, norm.bias, (True, learns, learns),
             )  # fmt: skip
@@ -143,7 +147,10 @@ class Actor(nn.Module):
         self.spread = 1.0 - float(bounds.floor.sum())
         self.ceiling = float(bounds.ceiling.max())
         self.floor.copy_(torch.from_numpy(bounds.floor))
-        self.uniform.copy_(torch.from_numpy(uniform_weights(bounds.active)))
+        uniform = uniform_weights(bounds.active)
+        self.uniform.copy_(torch.from_numpy(uniform))
+        self._least = np.maximum(FLOOR_MARGIN * (uniform - bounds.floor), 1e-9)  # 1/K: all floor
+        self._masked = np.where(bounds.active, 0.0, -np.inf)
         self.lean_on(self._prior)
 
     def lean_on(self, prior: np.ndarray) -> None:
@@ -153,10 +160,8 @@ class Actor(nn.Module):
         there to uniform. A masked domain gets 0 whatever the network says.
         """
         self._prior = prior
-        active, floor = self.bounds.active, self.bounds.floor
-        least = np.maximum(FLOOR_MARGIN * (1.0 / active.sum() - floor), 1e-9)  # 0 where floor = 1/K
-        log_share = np.log(np.maximum(prior - floor, least))
-        self.log_prior.copy_(torch.from_numpy(np.where(active, log_share, -np.inf)))
+        log_share = np.log(np.maximum(prior - self.bounds.floor, self._least))
+        self.log_prior.copy_(torch.from_numpy(log_share + self._masked))
 
     def forward(self, states: Tensor) -> Tensor:
         """Mixtures [..., K] for standardised ``states`` [..., S]."""

@@ -47,6 +47,8 @@ class Objective:
         self.name = name
         self._counts = first_mixture
         self._loss = np.full(len(first_mixture), np.nan)
+        self.mixture = self._descending()
+        """The c [K] float64 at the losses seen so far; sums to 1."""
 
     @property
     def needs_affinity(self) -> bool:
@@ -58,10 +60,9 @@ class Objective:
         smoothed = _LOSS_SMOOTHING * self._loss + (1.0 - _LOSS_SMOOTHING) * loss
         latest = np.where(np.isnan(loss), self._loss, loss)
         self._loss = np.where(np.isnan(smoothed), latest, smoothed)
+        self.mixture = self._descending()
 
-    @property
-    def mixture(self) -> np.ndarray:
-        """The c [K] float64 at the losses seen so far; sums to 1."""
+    def _descending(self) -> np.ndarray:
         known = np.isfinite(self._loss) & (self._counts > 0.0)
         if self.name != "perplexity" or not known.any():
             return self._counts
@@ -92,3 +93,4 @@ class Objective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self._loss = state["loss"].numpy().copy()
+        self.mixture = self._descending()

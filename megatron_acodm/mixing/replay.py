@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,10 +53,10 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Transitions:
         """Draw ``batch_size`` of the stored transitions, with replacement."""
-        uniform = torch.rand(batch_size, dtype=torch.float64, generator=self._generator)
-        ages = (self.size * uniform**self.recency).long()
+        uniform = torch.rand(batch_size, dtype=torch.float64, generator=self._generator).numpy()
+        ages = (self.size * uniform**self.recency).astype(np.int64)
         indices = (self._next - 1 - ages) % self.capacity
-        return self._parts(self._rows[indices])
+        return self._parts(self._rows[torch.from_numpy(indices)])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""
