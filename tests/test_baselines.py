@@ -244,6 +244,32 @@ def test_odm_learns_nothing_while_it_warms_up() -> None:
     assert policy.decide(_seen(51, [0.75, 0.25], [9.0, 1.0])).tolist() != [0.75, 0.25]
 
 
+@pytest.mark.parametrize("name", ["odm", "ado"])
+def test_a_run_made_longer_does_not_warm_up_again(name: str) -> None:
+    settings = {"odm": OdmConfig(warmup_fraction=0.1), "ado": AdoConfig(warmup_fraction=0.1)}
+    policy = _policy(name, (3, 1), **{name: settings[name]})  # type: ignore[arg-type]
+    for iteration in range(1, 61):
+        decided = policy.decide(_seen(iteration, [0.75, 0.25], [9.0 / iteration, 1.0]))
+    assert decided.tolist() != [0.75, 0.25]
+    longer = _policy(name, (3, 1), steps=10_000, **{name: settings[name]})  # type: ignore[arg-type]
+    longer.load_state_dict(policy.state_dict())
+    seen = _seen(61, [0.75, 0.25], [9.0 / 61, 1.0])
+    assert longer.decide(seen).tolist() == policy.decide(seen).tolist() != [0.75, 0.25]
+
+
+def test_a_run_made_shorter_goes_on_with_ados_curve() -> None:
+    def steps_of_the_curve(policy: Policy, first: int, last: int) -> int:
+        for iteration in range(first, last):
+            policy.decide(_seen(iteration, [0.5, 0.5], [9.0 / iteration, 1.0]))
+        return len(policy.state_dict()["curve"]["n"])
+
+    policy = _policy("ado", steps=60_000, ado=AdoConfig(warmup_fraction=0.0))
+    steps_of_the_curve(policy, 1, 10)  # of a block of 10
+    shorter = _policy("ado", steps=48_000, ado=AdoConfig(warmup_fraction=0.0))  # blocks of 8
+    shorter.load_state_dict(policy.state_dict())
+    assert steps_of_the_curve(shorter, 10, 27) == 3
+
+
 def _odm_history(rule: str) -> list[np.ndarray]:
     controller = MixingController(_policy("odm", (1, 1, 1), 2000, odm=OdmConfig(rule=rule)))
     losses = [4.0, 2.0, 2.0]

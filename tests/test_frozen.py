@@ -53,6 +53,18 @@ def _frozen(
     return policy
 
 
+@pytest.mark.parametrize(
+    ("rails", "message"),
+    [({"min_weight": 0.5}, "lower min_weight"), ({"max_weight": 0.01}, "raise max_weight")],
+)
+def test_rails_that_leave_no_mixture_are_refused(
+    file: Path, rails: dict[str, float], message: str
+) -> None:
+    config = MixingConfig(policy="frozen", policy_file=str(file), **rails)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        build_policy(config, DOMAINS, np.ones(6), 4, STEPS, seed=3)
+
+
 class LargerModel(ToyEnvironment):
     """The same domains in a run without gradients, of other losses, weights and length."""
 

@@ -205,6 +205,28 @@ def test_static_weights_are_adopted_along_with_the_domains(
     assert other.ledger.drawn_before(48).tolist() == [mixer.ledger.drawn_before(48)[0], 0]
 
 
+def test_weights_of_the_blend_count_by_their_shares(model: TrainingModel, tmp_path: Path) -> None:
+    sizes = {"a": 50, "b": 50}
+    mixer = _mixer(model, sizes, weights=[9.0, 1.0])
+    _train(mixer, model, until=1)
+    _save(mixer, tmp_path, 1)
+    assert load_sidecar(_mixer(model, sizes, weights=[0.9, 0.1]), tmp_path, 1)
+    for other in ([1.0, 9.0], None):
+        with pytest.raises(ValueError, match="blend weights: saved(.|\n)*--acodm-adopt"):
+            load_sidecar(_mixer(model, sizes, weights=other), tmp_path, 1)
+    assert load_sidecar(_mixer(model, sizes, weights=[1.0, 9.0]), tmp_path, 1, adopt=True)
+
+
+def test_the_order_in_which_weights_are_given_does_not_matter(
+    model: TrainingModel, tmp_path: Path
+) -> None:
+    sizes = {"a": 50, "b": 50}
+    mixer = _mixer(model, sizes, policy="static", given={"a": 1, "b": 3})
+    _train(mixer, model, until=1)
+    _save(mixer, tmp_path, 1)
+    assert load_sidecar(_mixer(model, sizes, policy="static", given={"b": 6, "a": 2}), tmp_path, 1)
+
+
 def test_a_checkpoint_without_our_folder_goes_on_with_a_fresh_policy(
     model: TrainingModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

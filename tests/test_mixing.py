@@ -510,3 +510,35 @@ def test_the_agent_leaves_the_hosts_random_numbers_alone() -> None:
     torch.manual_seed(3)
     _warm_controller()
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_the_agent_seeds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    _warm_controller()
+
+
+def test_exploration_that_is_over_does_not_begin_again_in_a_longer_run() -> None:
+    agent = AgentConfig(replay_batch_size=100, exploration_fraction=0.05, exploration_std=0.1)
+    policy, longer = _policy(agent=agent), _policy(agent=agent)
+    for iteration in range(1, 10):
+        policy.decide(_observation(iteration))
+    longer.load_state_dict(policy.state_dict())
+    before = policy.state_dict()
+    actors = pytest.approx(policy.decide(_observation(10)), abs=1e-3)  # which progress moves little
+    assert longer.decide(_observation(10, progress=10 / 1000)) == actors
+    longer.load_state_dict(before | {"explores": True})
+    assert longer.decide(_observation(10, progress=10 / 1000)) != actors
+
+
+@pytest.mark.parametrize("count", [22, 100, 1000])
+def test_exploration_leaves_most_of_the_mixture_however_many_domains(count: int) -> None:
+    policy = build_policy(
+        MixingConfig(), list(map(str, range(count))), np.ones(count), 4, 1000, seed=1
+    )
+    ones = np.ones(count)
+    observation = Observation(
+        1, 0.001, ones / count, ones.astype(int), ones > 0, ones, ones, ones,
+        np.ones((count, count)), np.ones(4), np.ones(4),
+    )  # fmt: skip
+    moved = [np.abs(policy.decide(observation) - 1 / count).sum() / 2 for _ in range(20)]
+    assert 0.1 < np.mean(moved) < 0.25

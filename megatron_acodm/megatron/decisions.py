@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,6 +71,8 @@ class Decisions:
         )
         # Every rank builds the policy, so that bad settings fail on every rank alike.
         controller = MixingController(self._build_policy(weights), config.mixing)
+        named = None if weights is None else dict(zip(domains, weights, strict=True))
+        self._blend_weights = _shares(named)
         self.needs_affinity = controller.needs_affinity
         self.controller = controller if _rank() == 0 else None
         self.ledger = Ledger(
@@ -226,7 +228,9 @@ class Decisions:
                 )
             },
             "policy": self._config.mixing.policy,
-            "mixing.weights": self._config.mixing.weights,
+            "mixing.weights": _shares(self._config.mixing.weights),
+            # They stand for the natural ones.
+            "blend weights": self._blend_weights,
             # Rewards for another objective, or of other gradients, must not be averaged with the
             # saved ones.
             "objective": self._config.mixing.agent.objective,
@@ -262,6 +266,14 @@ class Decisions:
             weights = self.controller.weights_to_resume_with()
         agreed = weights if control is None else self._agree_on(weights, control)
         self._append_ahead(consumed_samples, agreed)
+
+
+def _shares(weights: Mapping[str, float] | None) -> dict[str, float] | None:
+    """``weights`` on the scale of shares, in an order that does not depend on theirs."""
+    if weights is None:
+        return None
+    total = sum(weights.values())
+    return {name: round(weights[name] / total, 9) for name in sorted(weights)}
 
 
 def _rank() -> int:

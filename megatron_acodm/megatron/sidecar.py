@@ -26,8 +26,11 @@ from megatron_acodm.mixing.serialization import load_state, save_state
 logger = logging.getLogger(__name__)
 
 FOLDER = "acodm"
-FORMAT = 5
+FORMAT = 6
 """Version of the folder's layout."""
+
+_ADOPTABLE = ("domain '", "order of the domains", "mixing.weights", "blend weights")
+"""How lines begin that tell of a difference which can be adopted."""
 
 
 def save_sidecar(mixer: Mixer, checkpoint_dir: str | Path, iteration: int) -> None:
@@ -123,7 +126,7 @@ def restore_decisions(
     if saved_iteration != iteration:
         raise ValueError(f"{folder} is of iteration {saved_iteration}, not of {iteration}")
     current = decisions.fingerprint()
-    accepted = {"domains", "mixing.weights"} if adopt else set()
+    accepted = {"domains", "mixing.weights", "blend weights"} if adopt else set()
     refuse_differences(folder.parent, saved, current, except_for=accepted)
     ledger, policy = load_state(folder / "ledger"), folder / "policy"
     domains, saved_domains = current["domains"], saved["domains"]
@@ -195,10 +198,8 @@ def refuse_differences(
             + "\n  ".join(differences)
             + "\nresume with the saved settings, or start without --load"
             + (
-                "; other domains, and other data of theirs, can be accepted with --acodm-adopt"
-                if any(
-                    line.startswith(("domain '", "order of the domains")) for line in differences
-                )
+                "; other domains, data and weights of theirs can be accepted with --acodm-adopt"
+                if any(line.startswith(_ADOPTABLE) for line in differences)
                 else ""
             )
         )

@@ -14,12 +14,15 @@ from megatron_acodm.mixing.networks import FLOOR_MARGIN
 from megatron_acodm.mixing.objective import Objective
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
-from megatron_acodm.mixing.rails import restricted
+from megatron_acodm.mixing.rails import rails, restricted
 from megatron_acodm.mixing.replay import ReplayBuffer, Transitions
 from megatron_acodm.mixing.reward import RewardTracker
-from megatron_acodm.mixing.simplex import Bounds, natural_weights, uniform_weights
+from megatron_acodm.mixing.simplex import Bounds
 from megatron_acodm.mixing.state import StateEncoder
 from megatron_acodm.mixing.transfer import SavedPolicy
+
+_PAPER_DOMAINS = 22
+"""Of more domains each weight is smaller, and explored with noise that is smaller by as much."""
 
 _ROUNDING = 1e-6
 """Differences of weights up to this are float32's."""
@@ -61,6 +64,8 @@ class AcodmPolicy(Policy):
             self.config, self.encoder.size, self.initial_weights, self.bounds, seeds[1]
         )
         self._noise = torch.Generator().manual_seed(seeds[2])
+        self._exploration_std = self.config.exploration_std * min(1.0, _PAPER_DOMAINS / num_domains)
+        self._explores = True  # no more when that is over, also if the run is then made longer
         self._previous: Tensor | None = None
         self._figures: dict[str, float] = {}  # of the last update and the last action
 
@@ -78,9 +83,10 @@ class AcodmPolicy(Policy):
             for _ in range(self.config.updates_per_step):
                 self._figures |= self.agent.update(self._sample())._asdict()
         weights = self.agent.act(self.encoder.standardize(state))
-        if observation.progress <= self.config.exploration_fraction:
+        self._explores &= observation.progress <= self.config.exploration_fraction
+        if self._explores:
             noise = torch.randn(len(weights), generator=self._noise, dtype=torch.float64)
-            weights = weights + self.config.exploration_std * noise.numpy()
+            weights = weights + self._exploration_std * noise.numpy()
         projected = self.bounds.project(weights)
         self._figures["clipped_share"] = _clipped_share(self.bounds, weights, projected)
         return projected
@@ -119,6 +125,7 @@ class AcodmPolicy(Policy):
             "replay": self.replay.state_dict(),
             "agent": self.agent.state_dict(),
             "noise": self._noise.get_state(),
+            "explores": self._explores,
             "previous": None if self._previous is None else self._previous.clone(),
             "figures": dict(self._figures),
         }
@@ -131,6 +138,7 @@ class AcodmPolicy(Policy):
         self.replay.load_state_dict(state["replay"])
         self.agent.load_state_dict(state["agent"])
         self._noise.set_state(state["noise"])
+        self._explores = state["explores"]
         self._previous = None if state["previous"] is None else state["previous"].clone()
         self._figures = dict(state["figures"])
 
@@ -190,11 +198,6 @@ def _bounds_and_prior(config: MixingConfig, setting: Setting) -> tuple[Bounds, n
             f"policy 'acodm' has {count} domain with data; it mixes at least 2. "
             "Add domains, or use policy 'static'"
         )
-    min_weight = config.min_weight
-    if min_weight is None:  # to act below the lowest share would change nothing
-        min_weight = max(0.1 / count, setting.lowest_share)
-    bounds = Bounds.build(active, min_weight, config.max_weight)
+    bounds, wanted = rails(config, setting, min_weight=0.1 / count)
     above_floor = np.where(active, bounds.floor + FLOOR_MARGIN * (1.0 / count - bounds.floor), 0.0)
-    natural = config.initial_weights == "natural"
-    wanted = natural_weights(setting.sizes) if natural else uniform_weights(active)
     return bounds, Bounds(above_floor, bounds.ceiling).project(wanted)

@@ -59,7 +59,6 @@ class AdoPolicy(Policy):
         self._laws: ScalingLaws | None = None
         self._credit = self._prior.copy()
         self._average = self._prior.copy()
-        self._weights = self.initial_weights
 
     def decide(self, observation: Observation) -> np.ndarray:
         """Learn from one step's losses; weights [K] for the next undecided one."""
@@ -78,8 +77,7 @@ class AdoPolicy(Policy):
             share = self.config.preference_share
             weights = share * preference + (1.0 - share) * self._average
             self._average = self._average + (preference - self._average) / (step + 1)
-        self._weights = masked(weights, self.bounds)
-        return self._weights
+        return masked(weights, self.bounds)
 
     def restrict(self, available: np.ndarray) -> None:
         """From now on only the available domains get weight."""
@@ -91,9 +89,10 @@ class AdoPolicy(Policy):
         return None if self._laws is None else self._laws.speed(float(self._sequences))
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss curve, its laws, and the averages."""
+        """The loss curve, its laws, the averages, and when the warm-up ends."""
         laws = self._laws
         return {
+            "warmup": self._warmup,
             "next_fit": self._next_fit,
             "sequences": self._sequences,
             "curve": self._curve.state_dict(),
@@ -102,18 +101,17 @@ class AdoPolicy(Policy):
             else torch.from_numpy(np.stack([laws.irreducible, laws.beta, laws.exponent])),
             "credit": torch.from_numpy(self._credit.copy()),
             "average": torch.from_numpy(self._average.copy()),
-            "weights": torch.from_numpy(self._weights.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        self._next_fit, self._sequences = state["next_fit"], state["sequences"]
+        self._warmup, self._next_fit = state["warmup"], state["next_fit"]
+        self._sequences = state["sequences"]
         self._curve.load_state_dict(state["curve"])
         laws = state["laws"]
         self._laws = None if laws is None else ScalingLaws(*laws.numpy().copy())
         self._credit = state["credit"].numpy().copy()
         self._average = state["average"].numpy().copy()
-        self._weights = state["weights"].numpy().copy()
 
     def _preference(self, laws: ScalingLaws) -> np.ndarray:
         """The preference rho [K], 0 for masked domains."""
@@ -153,7 +151,7 @@ class _LossCurve:
         self._n_sum += n
         self._sum = self._sum + np.where(usable, loss, 0.0)
         self._count = self._count + usable
-        if self._steps == self._block:
+        if self._steps >= self._block:  # more where the run was made shorter
             self._n.append(self._n_sum / self._steps)
             measured = np.where(self._count > 0, self._sum / np.maximum(self._count, 1.0), np.nan)
             self._losses.append(measured)

@@ -121,7 +121,7 @@ class DDPGAgent:
         self.config = config
         shape = (state_size, config.hidden_size, config.num_layers)
         with torch.random.fork_rng(devices=[]):  # the host's random numbers must not notice
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
             self.actor = Learner(Actor(*shape, prior, bounds), config.actor_lr)
             self.critic = Learner(Critic(*shape, len(prior)), config.critic_lr)
 

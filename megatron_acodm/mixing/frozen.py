@@ -40,16 +40,17 @@ class FrozenPolicy(Policy):
         self._order = _matched(self._saved, setting, config.policy_file)
         active = setting.active[self._order]
         share = 1.0 / int(active.sum())
-        low = self._saved.min_weight if config.min_weight is None else config.min_weight
-        high = min(self._saved.max_weight, config.max_weight)
-        low, high = min(low, share), max(high, share)
+        high = min(max(self._saved.max_weight, share), config.max_weight)
+        low = config.min_weight
+        if low is None:
+            low = min(self._saved.min_weight, share, high)
         self._own_bounds = Bounds.build(active, low, high)
         self._actor = self._saved.build_actor(self._own_bounds)
         self.encoder = StateEncoder(len(self._order), setting.num_probes)
         self.objective = Objective(self._saved.objective, self._saved.prior.numpy())
         start = torch.zeros(self.encoder.size)
         start[-1] = -1.0
-        self._weights = self.initial_weights = self._act(start)
+        self.initial_weights = self._act(start)
 
     @property
     def bounds(self) -> Bounds:  # type: ignore[override]
@@ -64,8 +65,7 @@ class FrozenPolicy(Policy):
         self.objective.observe(observation.loss)
         self._actor.lean_on(self.objective.mixture)
         state = self.encoder.observe(observation)
-        self._weights = self._act(self.encoder.standardize(state))
-        return self._weights
+        return self._act(self.encoder.standardize(state))
 
     def restrict(self, available: np.ndarray) -> None:
         """Mask the other domains out of the actor's choice."""

@@ -50,13 +50,11 @@ class OdmPolicy(Policy):
         self.initial_weights = self.bounds.project(prior)
         self._warmup = round(self.config.warmup_fraction * setting.train_iters)
         self._rewards = np.zeros(len(setting.domains))
-        self._weights = self.initial_weights
 
     def decide(self, observation: Observation) -> np.ndarray:
         """Learn from one step's losses; weights [K] for the next undecided one."""
         if observation.iteration <= self._warmup:
-            self._weights = masked(self.initial_weights, self.bounds)
-            return self._weights
+            return masked(self.initial_weights, self.bounds)
         drawn = np.isfinite(observation.loss) & (observation.weights > 0.0)
         loss = observation.loss[drawn]
         if self.config.rule == "code":
@@ -65,8 +63,7 @@ class OdmPolicy(Policy):
             reward = loss / observation.weights[drawn]
         alpha = self.config.smoothing
         self._rewards[drawn] = alpha * self._rewards[drawn] + (1.0 - alpha) * reward
-        self._weights = masked(self._mixture(observation.iteration + 1), self.bounds)
-        return self._weights
+        return masked(self._mixture(observation.iteration + 1), self.bounds)
 
     def restrict(self, available: np.ndarray) -> None:
         """From now on K counts the available domains."""
@@ -78,16 +75,13 @@ class OdmPolicy(Policy):
         return np.where(self._rewards > 0.0, self._rewards, np.nan)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rewards and the last weights."""
-        return {
-            "rewards": torch.from_numpy(self._rewards.copy()),
-            "weights": torch.from_numpy(self._weights.copy()),
-        }
+        """The rewards, and when the warm-up ends, whatever the length of the run is by then."""
+        return {"rewards": torch.from_numpy(self._rewards.copy()), "warmup": self._warmup}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self._rewards = state["rewards"].numpy().copy()
-        self._weights = state["weights"].numpy().copy()
+        self._warmup = state["warmup"]
 
     def _mixture(self, step: int) -> np.ndarray:
         """Weights [K] of ``step`` (2 or later), 0 for masked domains."""

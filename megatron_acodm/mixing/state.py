@@ -14,6 +14,11 @@ from megatron_acodm.mixing.observation import Observation
 _CLIP = 5.0
 
 
+def state_size(num_domains: int, num_probes: int) -> int:
+    """Numbers in a state of K domains and D probes, 3 K + 2 D + 1."""
+    return 3 * num_domains + 2 * num_probes + 1
+
+
 class StateEncoder:
     """Turns observations into state vectors of 3K + 2D + 1 numbers for K domains and D probes.
 
@@ -32,7 +37,7 @@ class StateEncoder:
     def __init__(self, num_domains: int, num_probes: int) -> None:
         self.num_domains = num_domains
         self.num_probes = num_probes
-        self.size = 3 * num_domains + 2 * num_probes + 1
+        self.size = state_size(num_domains, num_probes)
         self.moments = RunningMoments(self.size)
         self._loss = np.full(num_domains, np.nan)
         self._slope = np.zeros(num_domains)

@@ -49,7 +49,10 @@ def _given_weights(weights: dict[str, float], setting: Setting, source: str | No
         if not 0.0 <= weights[name] < math.inf:
             raise ValueError(f"mixing.weights.{name} is {weights[name]}; it must be 0 or more")
         if weights[name] > 0.0 and size == 0:
-            raise ValueError(f"mixing.weights.{name} is {weights[name]} but the domain is empty")
+            raise ValueError(
+                f"mixing.weights.{name} is {weights[name]}, but the domain is empty, or has weight "
+                "0 in the blend"
+            )
     values = np.array([weights[name] for name in setting.domains], dtype=np.float64)
     if values.sum() == 0.0:
         raise ValueError("mixing.weights are all 0; give at least one domain a positive weight")

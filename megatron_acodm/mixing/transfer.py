@@ -11,6 +11,7 @@ import torch
 from megatron_acodm.mixing.networks import Actor
 from megatron_acodm.mixing.serialization import load_state, save_state
 from megatron_acodm.mixing.simplex import Bounds
+from megatron_acodm.mixing.state import state_size
 
 _KIND = "megatron_acodm policy"
 
@@ -46,10 +47,9 @@ class SavedPolicy:
         Raises:
             ValueError: its weights do not fit its sizes.
         """
-        state_size = 3 * len(self.domains) + 2 * self.num_probes + 1
-        prior = self.prior.numpy()
+        size, prior = state_size(len(self.domains), self.num_probes), self.prior.numpy()
         with torch.random.fork_rng(devices=[]):  # the host's random numbers must not notice
-            actor = Actor(state_size, self.hidden_size, self.num_layers, prior, bounds)
+            actor = Actor(size, self.hidden_size, self.num_layers, prior, bounds)
         try:
             actor.load_state_dict(self.actor)
         except RuntimeError as error:
