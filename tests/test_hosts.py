@@ -413,6 +413,13 @@ def test_what_does_not_work_is_refused_with_a_remedy(
         refuse_unsupported(Namespace(**{**good, **arguments}), AcodmConfig())
 
 
+def test_a_host_mixes_by_sequence_only_where_a_micro_batch_is_one() -> None:
+    config = AcodmConfig(blending=BlendingConfig(granule="sequence"))
+    refuse_unsupported(Namespace(micro_batch_size=1), config)
+    with pytest.raises(ValueError, match="'sequence'.*'micro-batch', or --micro-batch-size 1"):
+        refuse_unsupported(Namespace(micro_batch_size=2), config)
+
+
 def test_graphs_are_fine_where_no_gradient_is_measured() -> None:
     args = Namespace(dataloader_type="single", cuda_graph_impl="local")
     refuse_unsupported(args, UNIFORM)

@@ -123,6 +123,15 @@ def unsupported(
             for name in _WEIGHTS_ELSEWHERE
             if getattr(args, name, False)
         ]
+    if (
+        config is not None
+        and config.blending.granule == "sequence"
+        and _above_1(getattr(args, "micro_batch_size", 1))
+    ):
+        found.append(
+            "blending.granule is 'sequence', but the host does not tell a micro-batch's sequences "
+            f"apart in its losses; use 'micro-batch', or {name_of('micro_batch_size')} 1"
+        )
     for name in ("save", "load"):
         if "://" in str(getattr(args, name, None)):
             found.append(f"{name_of(name)} must be a folder, so that the policy is saved in it")
