@@ -5,7 +5,7 @@
 #   examples/proxy_transfer.sh TRAIN_MANIFEST VALID_MANIFEST OUTPUT [trainer flags]
 #
 # The manifests are those of tools/preprocess_pile.py. STEPS, PROXY and TARGET (model flags) may be
-# set in the environment; further flags go to all three runs. Runs that are there are not repeated.
+# set in the environment, also PROCESSES of each run and PYTHON; further flags go to all three runs. Runs that are there are not repeated.
 set -euo pipefail
 
 train=$1 valid=$2 output=$3

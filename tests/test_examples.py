@@ -26,7 +26,7 @@ CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
 
 # Stand for Slurm and the interpreter: what would be started on a node is written down.
 _FAKES = {
-    "srun": '#!/bin/sh\nexec "$@"\n',
+    "srun": '#!/bin/sh\n[ "$1" = --cpus-per-task=48 ] && shift && exec "$@"\n',
     "scontrol": '#!/bin/sh\nprintf "node07\\nnode08\\n"\n',
     "python": f"#!{sys.executable}\nimport json, os, sys\n"
     'json.dump([sys.argv[1:], dict(os.environ)], open(os.environ["RECORD"], "w"))\n',
@@ -74,6 +74,7 @@ def _slurm(nodes: int, processes: int = 8) -> dict[str, Any]:
         "SLURM_NNODES": nodes,
         "SLURM_JOB_NODELIST": "node[07-08]",
         "SLURM_JOB_ID": 123456,
+        "SLURM_CPUS_PER_TASK": 48,
         "SLURM_SUBMIT_DIR": REPOSITORY,
         "PROCESSES": processes,
     }
