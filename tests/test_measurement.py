@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -201,6 +201,76 @@ def test_a_pattern_that_matches_nothing_lists_what_there_is() -> None:
     message = r"'\*.fc9' matches no parameter; with N from 0 to 3 .*layers.N.mlp.linear_fc1.weight"
     with pytest.raises(ValueError, match=message):
         select_parameters(tiny_model().chunks, 4, config)
+
+
+@pytest.fixture
+def tensor_parallel(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
+    """Lets Megatron say that this is one of several tensor-parallel ranks."""
+    from megatron.core import parallel_state
+
+    def pretend(rank: int, size: int, expert_size: int) -> None:
+        for name, value in {
+            "get_tensor_model_parallel_rank": rank,
+            "get_tensor_model_parallel_world_size": size,
+            "get_expert_tensor_parallel_world_size": expert_size,
+        }.items():
+            monkeypatch.setattr(parallel_state, name, lambda value=value: value)
+
+    return pretend
+
+
+def _model_with(path: str, **attributes: Any) -> tuple[TrainingModel, torch.nn.Linear]:
+    """A model whose first layer has another linear layer, with attributes of its weight."""
+    model, added = tiny_model(), torch.nn.Linear(4, 4, bias=False)
+    parent, _, name = path.rpartition(".")
+    module: torch.nn.Module = model.chunks[0].module.decoder.layers[0].get_submodule(parent)
+    module.add_module(name, added)
+    for attribute, value in attributes.items():
+        setattr(added.weight, attribute, value)
+    return model, added
+
+
+def _contributed(model: TrainingModel, pattern: str) -> list[str]:
+    config = dataclasses.replace(CONFIG, parameters=(pattern,))
+    return [selected.name for selected in select_parameters(model.chunks, 4, config)]
+
+
+def test_norms_of_the_heads_of_tensor_parallel_ranks_are_refused(
+    tensor_parallel: Callable[[int, int, int], None],
+) -> None:
+    model, _ = _model_with("self_attention.k_layernorm")
+    assert len(_contributed(model, "*.k_layernorm.weight")) == 1
+    tensor_parallel(0, 2, 2)
+    with pytest.raises(ValueError, match=r"0.*k_layernorm.*with the attention heads; select"):
+        _contributed(model, "*.k_layernorm.weight")
+
+
+@pytest.mark.parametrize(("size", "expert_size"), [(2, 1), (1, 2)])
+def test_experts_that_other_ranks_share_than_the_rest_are_refused(
+    size: int, expert_size: int, tensor_parallel: Callable[[int, int, int], None]
+) -> None:
+    model, added = _model_with("mlp.experts", tensor_model_parallel=True)
+    added.parallel_mode = None  # type: ignore[assignment]  # TransformerEngine's
+    for rank in range(2):  # each has a part
+        tensor_parallel(rank, 2, 2)
+        assert len(_contributed(model, "*.experts.weight")) == 1
+    tensor_parallel(0, size, expert_size)
+    message = rf"experts, which {expert_size} tensor-parallel ranks share where {size}.*select"
+    with pytest.raises(ValueError, match=message):
+        _contributed(model, "*.experts.weight")
+
+
+def test_a_linear_layer_that_every_tensor_parallel_rank_has_counts_once(
+    tensor_parallel: Callable[[int, int, int], None],
+) -> None:
+    model, added = _model_with("self_attention.linear_kv_down_proj", tensor_model_parallel=True)
+    added.parallel_mode = None  # type: ignore[assignment]  # TransformerEngine's
+    for rank in range(2):
+        tensor_parallel(rank, 2, 2)
+        assert len(_contributed(model, "*.linear_kv_down_proj.weight")) == 1 - rank
+    added.weight.sequence_parallel = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"kv_down_proj.*under sequence parallelism; select"):
+        _contributed(model, "*.linear_kv_down_proj.weight")
 
 
 def _fuse_accumulation(parameter: Any) -> None:

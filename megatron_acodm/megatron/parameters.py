@@ -191,32 +191,67 @@ def _match(layers: dict[int, torch.nn.Module], patterns: Sequence[str]) -> list[
                 f"alignment.parameters: {pattern!r} matches no parameter; with N from 0 to "
                 f"{max(map(_layer_index, names), default=0)} there are {', '.join(kinds)}"
             )
+    holders = {
+        parameter: module
+        for layer in layers.values()
+        for module in layer.modules()
+        for parameter in module.parameters(recurse=False)
+    }
     wanted = [s for s in found if any(fnmatch.fnmatchcase(s.name, p) for p in patterns)]
-    return [selected for selected in wanted if _is_contributed(selected)]
+    return [s for s in wanted if _is_contributed(s, holders[s.parameter])]
 
 
 def _layer_index(name: str) -> int:
     return int(name.split(".")[2])
 
 
-def _is_contributed(selected: SelectedParameter) -> bool:
+def _is_contributed(selected: SelectedParameter, holder: torch.nn.Module) -> bool:
     """Whether this rank contributes the gradient: of tensor-parallel copies, the first alone.
+
+    Args:
+        selected: the parameter.
+        holder: the module that it is a parameter of.
 
     Raises:
         ValueError: no rank holds the whole gradient.
     """
     from megatron.core import parallel_state
 
-    if parallel_state.get_tensor_model_parallel_world_size() == 1 or getattr(
-        selected.parameter, "tensor_model_parallel", False
-    ):
-        return True
-    if getattr(selected.parameter, "sequence_parallel", False):
+    if reason := _why_not_measured(selected):
         raise ValueError(
-            f"alignment.parameters selects {selected.name}, whose gradient is spread over the "
-            "tensor-parallel ranks under sequence parallelism; select weights of linear layers"
+            f"alignment.parameters selects {selected.name}, {reason}; select weights of dense "
+            "linear layers that tensor parallelism cuts"
         )
-    return parallel_state.get_tensor_model_parallel_rank() == 0
+    is_cut = getattr(selected.parameter, "tensor_model_parallel", False)
+    # TransformerEngine marks every linear layer's weight as cut, those of which each rank has a
+    # copy too; such layers have no parallel mode. (Nor have those of experts, which are cut.)
+    if not _is_expert(selected) and getattr(holder, "parallel_mode", "") is None:
+        is_cut = False
+    return is_cut or parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _why_not_measured(selected: SelectedParameter) -> str | None:
+    """Why neither one rank's gradient nor the parts of all make up the whole, where that is so."""
+    from megatron.core import parallel_state
+
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    expert_size = parallel_state.get_expert_tensor_parallel_world_size()
+    if _is_expert(selected) and expert_size != size:
+        return (
+            f"a weight of experts, which {expert_size} tensor-parallel ranks share where {size} "
+            "share the other layers"
+        )
+    if size == 1:
+        return None
+    if getattr(selected.parameter, "sequence_parallel", False):
+        return "whose gradient is spread over the tensor-parallel ranks under sequence parallelism"
+    if re.search(r"[qk]_layernorm", selected.name):
+        return "whose gradient is spread over the tensor-parallel ranks with the attention heads"
+    return None
+
+
+def _is_expert(selected: SelectedParameter) -> bool:
+    return ".experts." in selected.name
 
 
 def make_probes(
