@@ -425,6 +425,11 @@ def test_graphs_are_fine_where_no_gradient_is_measured() -> None:
     refuse_unsupported(args, UNIFORM)
 
 
+def test_weights_may_be_gathered_in_eight_bits_where_no_norm_of_them_is_measured() -> None:
+    args = Namespace(dataloader_type="single", overlap_param_gather=True, fp8_param_gather=True)
+    refuse_unsupported(args, UNIFORM)
+
+
 def test_all_that_does_not_work_is_named_at_once(script: Script) -> None:
     with pytest.raises(ValueError, match=r"--mock-data(.|\n)*--sft"):
         script(LaunchOptions(UNIFORM), mock_data=True, sft=True)

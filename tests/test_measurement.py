@@ -310,6 +310,49 @@ def test_probes_see_the_weights_and_their_change() -> None:
         assert statistics.weight_delta_norm[index] == pytest.approx(change.item(), rel=1e-5)
 
 
+class _Experts(torch.nn.Module):
+    """An MLP without a dense second layer, as in a mixture of experts."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.inner = mlp
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def _mixture_of_experts() -> TrainingModel:
+    model = tiny_model()
+    for layer in model.chunks[0].module.decoder.layers:
+        layer.mlp = _Experts(layer.mlp)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["uniform", "static", "odm", "ado", "pike"])
+def test_policies_that_need_no_weight_norms_train_models_without_a_dense_fc2(policy: str) -> None:
+    alignment = AlignmentConfig(parameters=("*.linear_proj.weight",), sketch_size=64)
+    config = AcodmConfig(mixing=MixingConfig(policy=policy), alignment=alignment)
+    mixer = megatron_acodm.patch(config, RUN)
+    assert mixer is not None
+    mixer.bind(["a", "b", "c"], [100] * 3, None, [None], [0] * 3)
+    model = _mixture_of_experts()
+    mixer.attach(model.chunks)
+    with mixer.step(1, 0) as step:
+        forward_backward(model, BATCHES)
+        model.optimizer.step()
+    statistics = step.report().statistics
+    assert len(statistics.weight_norm) == len(statistics.weight_delta_norm) == 0
+    assert np.isfinite(statistics.loss).all()
+    if policy != "pike":  # losses, tokens and shares; no gradients, no probes
+        assert statistics.reduced_bytes == 4 * 3 * 3 + 8 * (5 * 3 + 1)
+
+
+def test_the_agent_is_refused_where_its_weight_norms_cannot_be_measured() -> None:
+    by_name = dataclasses.replace(CONFIG, parameters=("*.linear_proj.weight",))
+    with pytest.raises(ValueError, match="layer 1 has no dense weight mlp.linear_fc2.weight"):
+        _mixer(_mixture_of_experts(), by_name)
+
+
 @pytest.mark.parametrize("partition_dim", [0, 1])
 def test_probes_of_the_parts_of_a_weight_add_up(partition_dim: int) -> None:
     weight = torch.nn.Parameter(torch.randn(200, 150))

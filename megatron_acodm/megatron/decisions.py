@@ -61,7 +61,8 @@ class Decisions:
         self._config, self._run = config, run
         self.domains, self._sizes, self._checksums = list(domains), list(sizes), list(checksums)
         blending = config.blending
-        self.needs_alignment = POLICIES[config.mixing.policy].needs_alignment
+        policy = POLICIES[config.mixing.policy]
+        self.needs_alignment, self.needs_probes = policy.needs_alignment, policy.needs_probes
         self._granule_size = granule_size(blending, config.alignment, run, self.needs_alignment)
         self._minimum = minimum_quota(
             blending,

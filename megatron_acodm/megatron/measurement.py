@@ -31,7 +31,7 @@ _PROBE_BYTES = 3 * 8
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What one step showed, the same on every rank; K domains, D probes."""
+    """What one step showed, the same on every rank; K domains, D probes (may be 0)."""
 
     loss: np.ndarray  # [K] mean token loss, nan where no token was seen
     tokens: np.ndarray  # [K] tokens that counted in the loss
@@ -62,7 +62,7 @@ class StepMeasurement:
         capture: what shows the gradients of the selected parameters.
         probes: weights whose norms the statistics hold.
         probes_are_sharded: whether each data-parallel rank has a part of the new weights.
-        num_probes: D, probes of all pipeline stages.
+        num_probes: D, probes of all pipeline stages; may be 0.
         num_domains: K.
         measure_gradients: whether gradients are to be compared.
         averages: what a step's gradients are compared with beside each other, or None.

@@ -197,11 +197,12 @@ class Mixer:
         if decisions.needs_affinity:
             row_length = capture.estimator.rows.shape[1]
             averages = AverageGradients(num_domains, row_length, alignment.smoothing, device)
+        needs_probes = decisions.needs_probes
         self.measurement = StepMeasurement(
             capture,
-            make_probes(model_chunks, num_layers, alignment),
-            gathers_late(model_chunks),
-            alignment.num_probes,
+            make_probes(model_chunks, num_layers, alignment) if needs_probes else [],
+            needs_probes and gathers_late(model_chunks),
+            alignment.num_probes if needs_probes else 0,
             num_domains,
             needs_alignment,
             averages,

@@ -40,6 +40,7 @@ class AcodmPolicy(Policy):
 
     name: ClassVar[str] = "acodm"
     needs_alignment: ClassVar[bool] = True
+    needs_probes: ClassVar[bool] = True
 
     def __init__(self, config: MixingConfig, setting: Setting) -> None:
         """Raises ValueError for fewer than 2 domains with data, or bounds that leave no mixture."""

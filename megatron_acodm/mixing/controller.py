@@ -107,7 +107,7 @@ class MixingController:
 
     @property
     def needs_alignment(self) -> bool:
-        """Whether observations must carry alignments and weight norms."""
+        """Whether observations must carry alignments."""
         return self.policy.needs_alignment
 
     @property

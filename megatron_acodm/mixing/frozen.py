@@ -27,6 +27,7 @@ class FrozenPolicy(Policy):
     """
 
     name: ClassVar[str] = "frozen"
+    needs_probes: ClassVar[bool] = True
 
     def __init__(self, config: MixingConfig, setting: Setting) -> None:
         """Raises ValueError for a policy that is missing, damaged, or of other domains."""

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Observation:
-    """The measurements of one step over K domains and D probed layers."""
+    """The measurements of one step over K domains and D probed layers (Policy.needs_probes)."""
 
     iteration: int
     """The step just measured, counted from 1."""

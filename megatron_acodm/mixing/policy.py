@@ -24,7 +24,7 @@ class Setting:
     """[K] natural weights, on any scale: sequences per epoch; 0 masks a domain out."""
 
     num_probes: int
-    """D, the number of probed layers in an observation."""
+    """D, the number of probed layers in an observation of policies that need them."""
 
     train_iters: int
     """Length of the run in optimizer steps."""
@@ -63,7 +63,10 @@ class Policy(ABC):
     """As in ``mixing.policy`` of the config."""
 
     needs_alignment: ClassVar[bool] = False
-    """Whether observations must carry alignments and weight norms."""
+    """Whether observations must carry alignments."""
+
+    needs_probes: ClassVar[bool] = False
+    """Whether they must carry weight norms."""
 
     needs_affinity: bool = False
     """Whether they must carry affinities too."""

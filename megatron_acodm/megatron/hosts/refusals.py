@@ -105,7 +105,8 @@ def unsupported(
         config: of the policy; None: what no policy works with.
         name_of: what the host's user calls an argument.
     """
-    compares = config is not None and POLICIES[config.mixing.policy].needs_alignment
+    policy = None if config is None else POLICIES[config.mixing.policy]
+    compares = policy is not None and policy.needs_alignment
     names = _Names(name_of)
     found = [
         f"{name_of(name)} is {getattr(args, name)!r}: {reason}; {remedy.format_map(names)}"
@@ -116,7 +117,8 @@ def unsupported(
         found.append(
             f"{name_of('cuda_graph_scope')} full_iteration hides every step; use another scope"
         )
-    if getattr(args, "overlap_param_gather", False):
+    looks_at_weights = policy is not None and policy.needs_probes
+    if looks_at_weights and getattr(args, "overlap_param_gather", False):
         found += [
             f"{name_of('overlap_param_gather')} with {name_of(name)}: which rank has which of a "
             "step's new weights is not known then; remove one of them"
