@@ -26,13 +26,15 @@ SKETCH_STEP = 64
 MAX_SKETCH_SIZE = 1 << 30
 """Most numbers of a sketch."""
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of the gradients that the operators take."""
+
 _SCHEMAS = {
     "domain_alignment": "(Tensor G) -> (Tensor W, Tensor sq_norm)",
     "gram": "(Tensor G) -> Tensor",
     "add_sketch_": "(Tensor(a!) row, Tensor grad, int key) -> ()",
     "accumulate_domain_grad_": "(Tensor(a!) row, Tensor main_grad, Tensor(b!) seen) -> ()",
 }
-_DTYPES = (torch.float32, torch.bfloat16)
 # Numbers that the reference converts to float64 at a time, which bounds its memory: what fits a
 # processor's cache, or keeps a GPU busy.
 _REFERENCE_NUMBERS_CPU = 1 << 15
@@ -199,14 +201,14 @@ def _check_alignment_input(G: Tensor) -> None:
         raise ValueError(f"G has shape {list(G.shape)}; it must be [domains, numbers]")
     if not 1 <= G.shape[0] <= MAX_DOMAINS:
         raise ValueError(f"G has {G.shape[0]} rows; 1 to {MAX_DOMAINS} domains are supported")
-    if G.dtype not in _DTYPES:
+    if G.dtype not in DTYPES:
         raise ValueError(f"G is of {G.dtype}; it must be float32 or bfloat16")
 
 
 def _check_growth_inputs(row: Tensor, main_grad: Tensor, seen: Tensor) -> None:
     if row.dtype != torch.float32:
         raise ValueError(f"row is of {row.dtype}; it must be float32")
-    if main_grad.dtype not in _DTYPES:
+    if main_grad.dtype not in DTYPES:
         raise ValueError(f"main_grad is of {main_grad.dtype}; it must be float32 or bfloat16")
     if seen.dtype != main_grad.dtype:
         raise ValueError(
@@ -229,7 +231,7 @@ def _check_growth_inputs(row: Tensor, main_grad: Tensor, seen: Tensor) -> None:
 def _check_sketch_inputs(row: Tensor, grad: Tensor, key: int = 0) -> None:
     if row.dtype != torch.float32:
         raise ValueError(f"row is of {row.dtype}; it must be float32")
-    if grad.dtype not in _DTYPES:
+    if grad.dtype not in DTYPES:
         raise ValueError(f"grad is of {grad.dtype}; it must be float32 or bfloat16")
     size = row.numel()
     if row.dim() != 1 or size % SKETCH_STEP or not 0 < size <= MAX_SKETCH_SIZE:

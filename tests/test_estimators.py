@@ -155,6 +155,27 @@ def test_gradients_of_any_float_dtype_are_summed_in_float32(make: Make, dtype: t
     assert estimator.rows.dtype == torch.float32 and not estimator.rows.requires_grad
 
 
+@pytest.mark.parametrize(
+    "make",
+    [a_sketch, a_sample, lambda: ExactEstimator(NUMELS, K, 0, "cpu")],
+    ids=["sketch", "coordinates", "exact"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_main_grads_of_any_float_dtype_are_read_in_float32(make: Make, dtype: torch.dtype) -> None:
+    estimator, expected = make(), make()
+    main_grad, added = torch.zeros(SHAPES[0], dtype=dtype), torch.randn(2, *SHAPES[0]).to(dtype)
+    for _ in range(2):
+        for each in (estimator, expected):
+            each.begin_step()
+        main_grad.zero_()
+        for domain in range(2):
+            main_grad += added[domain]
+            estimator.add_growth(0, domain, main_grad)
+            expected.add_growth(0, domain, main_grad.float())
+        assert torch.equal(estimator.rows, expected.rows)
+        assert (estimator.rows[:2] != 0.0).any(dim=1).all()
+
+
 @EITHER
 @pytest.mark.parametrize(
     ("index", "domain", "size", "message"),

@@ -152,7 +152,7 @@ class GradientEstimator(Estimator):
         Args:
             index: position of the parameter in the selection.
             domain: domain of the micro-batch that has just been added.
-            main_grad: float32 or bfloat16, contiguous: the accumulated gradient.
+            main_grad: of any float dtype, contiguous: the accumulated gradient.
 
         Raises:
             ValueError: the domain does not exist, or the size is not the parameter's.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_acodm.alignment.estimator import GradientEstimator
-from megatron_acodm.ops import accumulate_domain_grad_
+from megatron_acodm.ops import DTYPES, accumulate_domain_grad_
 
 _CACHE_LINE = 16  # float32 numbers in 64 bytes
 
@@ -79,6 +79,8 @@ class ExactEstimator(GradientEstimator):
         """See ``GradientEstimator.add_growth``."""
         self._check(index, domain, main_grad)
         target, seen = self._targets[index][domain], self._seen[index]
+        if main_grad.dtype not in DTYPES:
+            main_grad = main_grad.float()
         if seen is None:
             seen = self._seen[index] = torch.zeros_like(main_grad)
         if not self._current[index][domain]:

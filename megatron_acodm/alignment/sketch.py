@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_acodm.alignment.estimator import GradientEstimator
-from megatron_acodm.ops import add_sketch_
-
-_SKETCHED_DTYPES = (torch.float32, torch.bfloat16)
+from megatron_acodm.ops import DTYPES, add_sketch_
 
 
 class SketchEstimator(GradientEstimator):
@@ -73,7 +71,7 @@ class SketchEstimator(GradientEstimator):
 
     def _add(self, row: Tensor, index: int, grad: Tensor) -> None:
         grad = grad.detach()
-        if grad.dtype not in _SKETCHED_DTYPES:
+        if grad.dtype not in DTYPES:
             grad = grad.float()
         add_sketch_(row, grad, self._keys[index])
 
