@@ -219,6 +219,19 @@ def test_a_sample_older_than_the_window_is_refused_and_the_rest_found():
     np.testing.assert_array_equal(located, np.stack(ledger.locate(indices), axis=1))
 
 
+@pytest.mark.parametrize("seen_stages", range(7))
+def test_a_sample_whose_stage_is_not_seen_yet_is_waited_for(seen_stages: int) -> None:
+    ring = StageRing(1, window=4)
+    for stage in range(7):
+        ring.publish(stage, np.array([[8 * stage], [8 * stage + 8]]))
+    assert ring.find(55) is not None
+    ring.header[1] = seen_stages  # while the count of samples is the last one already
+    assert ring.find(55) is None
+    ring.header[1] = 7
+    with pytest.raises(RuntimeError, match="sample 23 is older than the 4 most recent"):
+        ring.find(23)
+
+
 def test_dropping_stages_of_the_ledger_does_not_disturb_readers():
     ledger = ledger_of(6)
     ledger.drop_before(4 * GLOBAL_BATCH_SIZE)

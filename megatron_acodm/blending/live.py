@@ -95,7 +95,7 @@ class StageRing:
         if index >= self.header[_NUM_SAMPLES]:
             return None
         high = int(self.header[_NUM_STAGES]) - 1
-        low = max(int(self.header[_FIRST_STAGE]), high + 1 - self.window)
+        low = oldest = max(int(self.header[_FIRST_STAGE]), high + 1 - self.window)
         while low <= high:  # the stage lies in [low, high], if it is there at all
             middle = (low + high) // 2
             rows = self.read(middle)
@@ -104,7 +104,9 @@ class StageRing:
             if rows[0, 0] <= index < rows[1, 0]:
                 return middle, rows
             low, high = (low, middle - 1) if index < rows[0, 0] else (middle + 1, high)
-        if self.header[_GENERATION] != generation:
+        # Processors may show the new count of samples before that of stages.
+        rows = self.read(oldest)
+        if rows is None or index >= rows[0, 0] or self.header[_GENERATION] != generation:
             return None
         raise RuntimeError(
             f"sample {index} is older than the {self.window} most recent stages, all that "
