@@ -75,9 +75,11 @@ def test_a_first_gradient_that_is_not_finite_is_no_first_gradient() -> None:
     rows = _contributions(np.ones((K, P)), share)
     averages.compare(torch.full_like(rows, float("inf")), share, SCALE)
     assert (averages.mean == 0).all()
-    averages.compare(rows, share, SCALE)
+    expected = np.full((K, K), P * 8.0 / K)
+    products = averages.compare(rows, share, SCALE)  # the first one
+    np.testing.assert_allclose(products, expected * ~np.eye(K, dtype=bool), rtol=1e-6)
     products = averages.compare(rows, share, SCALE)
-    np.testing.assert_allclose(products, np.full((K, K), P * 8.0 / K), rtol=1e-6)
+    np.testing.assert_allclose(products, expected, rtol=1e-6)
 
 
 def test_the_product_with_itself_is_free_of_the_bias_of_noise() -> None:

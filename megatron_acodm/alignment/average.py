@@ -39,6 +39,10 @@ class AverageGradients:
         self.mean = torch.zeros(num_domains, row_length, dtype=torch.float32, device=device)
         """[K, row_length]: the averages; 0 for a domain that was never drawn."""
         self._known = torch.zeros(num_domains, dtype=torch.bool, device=device)
+        # What the host has heard of it; it does not wait for the device, and may hear later.
+        self._known_to_host = torch.zeros(
+            num_domains, dtype=torch.bool, pin_memory=self._known.is_cuda
+        )
         self._elapsed = np.full(num_domains, -1, dtype=np.int64)  # steps since drawn; -1: never
 
     def compare(self, rows: Tensor, share: np.ndarray, scale: Tensor) -> Tensor:
@@ -66,24 +70,26 @@ class AverageGradients:
         if rows.is_cuda:  # a copy that the host does not wait for
             factors = factors.pin_memory().to(rows.device, non_blocking=True)
         usual_rate, gain_on_device = factors
-        # Which domains are new is known on the device alone: their first row may not be finite. A
+        # Which domains are new is known on the device first: their first row may not be finite. A
         # sum that is not finite tells so of its numbers, at a fraction of the time.
         usable = (gain_on_device > 0.0) & rows.sum(dim=1).isfinite()
         new = usable & ~self._known
         gain_on_device = gain_on_device / scale
         usual_rate = torch.where(new, 1.0, usual_rate)
+        may_be_new = bool((drawn & ~self._known_to_host.numpy()).any())
         products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
         # In parts, so that what is made on the way stays small.
         for start in range(0, rows.shape[1], _COLUMNS):
             columns = slice(start, start + _COLUMNS)
             part, mean = rows[:, columns], self.mean[:, columns]
             gradient = torch.where(usable[:, None], part * gain_on_device[:, None], mean)
-            if (drawn & first).any():
+            if may_be_new:
                 mean.copy_(torch.where(new[:, None], gradient, mean))
             products += part.double() @ mean.double().T
             mean.lerp_(gradient, usual_rate[:, None])
         products.diagonal().masked_fill_(new, 0.0)
         self._known |= usable
+        self._known_to_host.copy_(self._known, non_blocking=True)
         return products
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,4 +114,5 @@ class AverageGradients:
             )
         self.mean.copy_(state["mean"])
         self._known.copy_(state["known"])
+        self._known_to_host.copy_(state["known"])
         self._elapsed = state["elapsed"].numpy().copy()
