@@ -381,7 +381,7 @@ def _checked(value: Any, annotation: str, name: str) -> Any:
     if value is None and kind != annotation:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == "int" and is_number and value == int(value):
+    if kind == "int" and is_number and value % 1 == 0:  # not so of infinity and nan
         return int(value)
     if kind == "float" and (is_number or (isinstance(value, str) and _is_exponential(value))):
         return float(value)

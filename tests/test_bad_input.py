@@ -77,6 +77,8 @@ def test_bad_flags(arguments: tuple[str, ...], world_size: int, message: str) ->
         ),
         ("mixing: {agent: {replay_batch_size: 2.5}}", "replay_batch_size is 2.5; .* type int"),
         ("mixing: {policy: static, weights: {a: x}}", "mixing.weights.a is 'x'; .* float"),
+        ("mixing: {agent: {replay_batch_size: .inf}}", "replay_batch_size is inf; .* type int"),
+        ("mixing: {collapse_steps: .nan}", "mixing.collapse_steps is nan; .* type int"),
         ("blending: {decision_lag: true}", "decision_lag is True; it must be of type int"),
         ("mixing: {", "not valid YAML"),
     ],
