@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -175,6 +176,13 @@ def test_runs_that_did_not_start_alike_are_not_compared(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="seed 1, b did not start from the weights of a"):
         Comparison(runs, ["a"])
+
+
+def test_a_run_that_ended_early_is_not_compared(tmp_path: Path) -> None:
+    run = record(tmp_path, [[7, 7], [3, 3]], [0.5, 0.5])
+    early = dataclasses.replace(run, info=dataclasses.replace(run.info, train_iters=3))
+    with pytest.raises(ValueError, match="a with seed 1 ended after step 1 of 3; train it to its"):
+        Comparison({"a": {1: early}}, ["a"])
 
 
 # --- The config ---------------------------------------------------------------------------------
@@ -383,6 +391,63 @@ def test_a_policy_is_driven_by_what_a_proxy_of_its_seed_learned(
     )
     with pytest.raises(ValueError, match=r"source.trainer.num-layers was 1, is 2"):
         tool.plan_runs(plan, tmp_path)
+
+
+TERMINATED = """
+import os, signal
+from megatron_acodm.megatron.trainer import Trainer
+step = Trainer._step
+def ask_to_end(self, *arguments):
+    step(self, *arguments)
+    if self.iteration == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+Trainer._step = ask_to_end
+from megatron_acodm.train import main
+main()
+"""
+
+
+def plan_one_run(folder: Path, corpus: Corpus, validation: Path, **blending: Any) -> Any:
+    """The plan of one run that keeps checkpoints, and the run."""
+    trainer = yaml.safe_load((CONFIGS / "policies_smoke.yaml").read_text(encoding="utf-8"))
+    config = write_config(
+        folder / "config.yaml",
+        trainer={**trainer["trainer"], "save-interval": 100},
+        seeds=[1],
+        policies={"uniform": {"mixing": {"policy": "uniform"}, "blending": blending}},
+        references=["uniform"],
+    )
+    plan = load_tool().read_plan(config, str(corpus.manifest), str(validation))
+    (run,) = load_tool().plan_runs(plan, folder)
+    return plan, run
+
+
+def test_a_run_that_was_told_to_end_is_not_finished_and_goes_on(
+    tmp_path: Path, corpus: Corpus, validation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = load_tool()
+    plan, run = plan_one_run(tmp_path, corpus, validation)
+    words = tool.command(plan, run)
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "command", lambda *_: [words[0], "-c", TERMINATED, *words[3:]])
+        message = "uniform, seed 1 ended after step 6 of 12; the same command goes on from there"
+        with pytest.raises(RuntimeError, match=message):
+            tool.run_all(plan, [run], 1)
+    assert not run.finished and any((run.folder / "checkpoints").iterdir())
+    tool.run_all(plan, [run], 1)
+    assert run.finished and not (run.folder / "checkpoints").exists()
+    assert "resuming after step 6" in (run.folder / "output.txt").read_text(encoding="utf-8")
+    assert Run.load(run.folder).validation_iteration.tolist() == [0, 4, 8, 12]
+
+
+def test_a_run_whose_data_did_not_last_is_not_finished_and_says_so(
+    tmp_path: Path, corpus: Corpus, validation: Path
+) -> None:
+    plan, run = plan_one_run(tmp_path, corpus, validation, repetition="cap 0.02")
+    message = r"training ended after step \d+: .* 0.02 times, its cap.*; lower train-iters, or let"
+    with pytest.raises(RuntimeError, match=message):
+        load_tool().run_all(plan, [run], 1)
+    assert not run.finished and any((run.folder / "checkpoints").iterdir())
 
 
 RECORDING = """

@@ -309,7 +309,7 @@ def run_all(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> None:
     """Train what is not finished, so many at once; ends them all when one fails.
 
     Raises:
-        RuntimeError: when a run failed, with the end of what it printed.
+        RuntimeError: when a run failed, with the end of what it printed, or ended early.
     """
     waiting = [run for run in runs if not run.finished]
     done = len(runs) - len(waiting)
@@ -353,10 +353,25 @@ def _finish(run: PlannedRun, code: int, seconds: float, place: str) -> None:
         lines = output.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         tail = "\n".join(f"  {line}" for line in lines)
         raise RuntimeError(f"{run} exited with {code}; the end of {output}:\n{tail}")
+    result = Run.load(run.folder)
+    _check_reached_end(run, result)
     write_atomically(run.folder / "finished.json", json.dumps({"seconds": seconds}))
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-    result = Run.load(run.folder).mean_perplexity[-1, 0]
-    print(f"[{place}] {run}: mean perplexity {result:.2f}, {seconds:.0f} s", flush=True)
+    perplexity = result.mean_perplexity[-1, 0]
+    print(f"[{place}] {run}: mean perplexity {perplexity:.2f}, {seconds:.0f} s", flush=True)
+
+
+def _check_reached_end(run: PlannedRun, result: Run) -> None:
+    """Refuse a run that exited with 0 before its end: after a SIGTERM, or for want of data."""
+    if result.validation_iteration[-1:].tolist() == [result.info.train_iters]:
+        return
+    output = (run.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    if said := re.search(r"^training ended after step \d+: .*", output, re.MULTILINE):
+        raise RuntimeError(f"{run}: {said[0]}; lower train-iters, or let domains repeat")
+    raise RuntimeError(
+        f"{run} ended after step {result.iteration[-1]:.0f} of {result.info.train_iters}; the same "
+        "command goes on from there"
+    )
 
 
 # --- The door -----------------------------------------------------------------------------------

@@ -128,8 +128,8 @@ class Comparison:
                 last, wanted = runs[seed].validation_iteration[-1], runs[seed].info.train_iters
                 if last != wanted:
                     raise ValueError(
-                        f"{name} with seed {seed} ended after step {last:.0f} of {wanted} for "
-                        "want of data; lower train-iters, or let domains repeat"
+                        f"{name} with seed {seed} ended after step {last:.0f} of {wanted}; train "
+                        "it to its end"
                     )
 
     @property
