@@ -21,6 +21,7 @@ import yaml
 from conftest import ENVIRONMENT, REPOSITORY, Corpus, Train
 from host import tiny_model
 
+from megatron_acodm.config import AgentConfig
 from megatron_acodm.metrics import MetricsWriter, RunInfo, domain_metrics, write_run_info
 from megatron_acodm.mixing.transfer import load_policy
 from megatron_acodm.reporting import comparison_plots
@@ -348,6 +349,48 @@ def test_other_settings_do_not_mix_with_finished_runs(
         load_tool().plan_runs(plan, folder)
 
 
+def test_other_defaults_do_not_mix_with_finished_runs(
+    tmp_path: Path, corpus: Corpus, validation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = load_tool()
+    config = write_config(
+        tmp_path / "config.yaml",
+        policies={
+            "learning": {"mixing": {"policy": "acodm"}},
+            "driven": {"mixing": {"policy": "frozen"}, "learned_from": "learning"},
+        },
+        references=["driven"],
+    )
+    plan = tool.read_plan(config, str(corpus.manifest), str(validation))
+    tool.plan_runs(plan, tmp_path)
+    tool.plan_runs(plan, tmp_path)
+
+    build_parser = tool.build_parser
+
+    def with_other_defaults() -> Any:
+        parser = build_parser()
+        parser.set_defaults(adam_beta2=0.99, of_a_later_version=None)
+        return parser
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "build_parser", with_other_defaults)
+        with pytest.raises(ValueError, match=r"settings \(trainer.adam_beta2 was 0.95, is 0.99\)"):
+            tool.plan_runs(plan, tmp_path)
+    names = [field.name for field in dataclasses.fields(AgentConfig)]
+    before = dict(zip(names, AgentConfig.__init__.__defaults__ or (), strict=True))
+    after = (*{**before, "gamma": 0.95}.values(),)
+    monkeypatch.setattr(AgentConfig.__init__, "__defaults__", after)
+    with pytest.raises(
+        ValueError, match=r"settings \(policy.mixing.agent.gamma was 0.5, is 0.95\)"
+    ):
+        tool.plan_runs(plan, tmp_path)
+    shutil.rmtree(tmp_path / "runs" / "learning")
+    with pytest.raises(
+        ValueError, match="driven.*source.policy.mixing.agent.gamma was 0.5, is 0.95"
+    ):
+        tool.plan_runs(plan, tmp_path)
+
+
 def test_a_policy_is_driven_by_what_a_proxy_of_its_seed_learned(
     tmp_path: Path, corpus: Corpus, validation: Path
 ) -> None:
@@ -389,7 +432,7 @@ def test_a_policy_is_driven_by_what_a_proxy_of_its_seed_learned(
     plan = tool.read_plan(
         write_config(tmp_path / "other.yaml", **content), str(corpus.manifest), str(validation)
     )
-    with pytest.raises(ValueError, match=r"source.trainer.num-layers was 1, is 2"):
+    with pytest.raises(ValueError, match=r"source.trainer.num_layers was 1, is 2"):
         tool.plan_runs(plan, tmp_path)
 
 

@@ -64,7 +64,7 @@ class Plan:
     proxies: dict[str, dict[str, Any]]  # what runs before the policies, and is not compared
     policies: dict[str, dict[str, Any]]
     references: list[str]
-    settings: dict[str, Any]  # what decides the figures of every run
+    settings: dict[str, Any]  # what decides the figures of every run, beside its flags
     keeps_checkpoints: bool
 
 
@@ -152,7 +152,7 @@ def read_plan(path: Path, train: str | None, valid: str | None) -> Plan:
         raise ValueError("eval-interval is 0; without validations there is nothing to compare")
     valid_manifest = Manifest.load(str(manifests["valid"]))
     flags += ["--eval-iters", str(_whole_split(valid_manifest, args))]
-    settings = {"trainer": content["trainer"]}
+    settings = {}
     for name, manifest in manifests.items():
         file = Path(str(manifest))
         file = file / "manifest.json" if file.is_dir() else file
@@ -252,24 +252,42 @@ def plan_runs(plan: Plan, output: Path) -> list[PlannedRun]:
         flags = _flags(section.get("trainer", {}))
         if policy in sources:
             flags += ["--acodm-save-policy", str(folder / POLICY_FILE)]
-        settings = {**plan.settings, "policy": section, "files": _contents(section)}
+        settings = {**plan.settings, **_resolved(plan, section)}
         source = None
         if "learned_from" in section:
             source = runs[section["learned_from"], seed]
             flags += ["--acodm-load-policy", str(source.folder / POLICY_FILE)]
-            settings["source"] = sections[section["learned_from"]]
+            settings["source"] = _resolved(plan, sections[section["learned_from"]])
         text = json.dumps(settings, indent=2, sort_keys=True)
         path = folder / "settings.json"
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if before and (differences := _differences(before, json.loads(text))):
             raise ValueError(
-                f"{folder} holds a run with other settings ({_differences(before, now)}); "
-                "remove it or give another --output"
+                f"{folder} holds a run with other settings ({differences}); remove it or give "
+                "another --output"
             )
         write_atomically(path, text)
         write_atomically(folder / "mix.yaml", yaml.safe_dump(_mix(section), sort_keys=False))
         runs[policy, seed] = PlannedRun(policy, seed, folder, tuple(flags), source)
     return list(runs.values())
+
+
+def _resolved(plan: Plan, section: dict[str, Any]) -> dict[str, Any]:
+    """What a run's section amounts to with the defaults of today, which may change."""
+    flags = [*plan.flags, *_flags(section.get("trainer", {})), "--run-dir", "unused"]
+    args = build_parser().parse_args(flags)
+    check_arguments(args)
+    left_out = {name.replace("-", "_") for name in OWN_FLAGS}
+    return {
+        "trainer": {
+            name: value
+            for name, value in vars(args).items()
+            if name not in left_out and not name.startswith("acodm")
+        },
+        "policy": AcodmConfig.from_dict(_mix(section)).to_dict(),
+        "files": _contents(section),
+        "learned_from": section.get("learned_from"),
+    }
 
 
 def _contents(section: dict[str, Any]) -> dict[str, str]:
