@@ -146,11 +146,20 @@ def test_figures_are_plain_and_the_tables_show_them(made_up: Comparison, tmp_pat
     skewed = figures["policies"]["skewed"]
     assert skewed["final"]["mean perplexity"]["by_seed"] == pytest.approx({"1": 29, "2": 48})
     assert skewed["domains"]["a"]["tokens"] == 6 * 4
-    assert skewed["step_time_s"] == {"1": 10, "2": 10}
     text = tables(made_up)
     assert "75.0%" in text and "-1.50 [" in text and "10.00%" in text
     for path in write_plots(made_up, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_seconds_are_those_of_all_steps_and_named_so(tmp_path: Path) -> None:
+    run = record(tmp_path, [[7, 7], [5, 5], [3, 3]], [0.5, 0.5])
+    comparison = Comparison({"a": {1: run}}, ["a"])
+    figures = comparison.to_dict()["policies"]["a"]
+    assert (figures["steps_s"], figures["mixing_s"]) == ({1: 20}, {1: 2})
+    head, _, row = tables(comparison).splitlines()[4:7]
+    cells = dict(zip(head.split("|"), row.split("|"), strict=True))
+    assert {name.strip(): cell.strip() for name, cell in cells.items()}["steps took, s"] == "20"
 
 
 def test_the_legend_of_a_single_policys_weights_lies_within_the_figure(tmp_path: Path) -> None:

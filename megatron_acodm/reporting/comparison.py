@@ -207,8 +207,8 @@ class Comparison:
                 }
                 for reference in self.references
             },
-            "step_time_s": {seed: float(run.step_time_s.sum()) for seed, run in runs.items()},
-            "mixing_time_s": {seed: float(run.mixing_time_s.sum()) for seed, run in runs.items()},
+            "steps_s": {seed: float(run.step_time_s.sum()) for seed, run in runs.items()},
+            "mixing_s": {seed: float(run.mixing_time_s.sum()) for seed, run in runs.items()},
             "domains": {
                 domain: {key: float(values[k]) for key, values in per_domain.items()}
                 for k, domain in enumerate(self.domains)
@@ -267,7 +267,7 @@ def tables(comparison: Comparison) -> str:
 
 
 def _final_table(comparison: Comparison) -> str:
-    rows = [["policy", *METRICS, "sd over seeds", "step time, s", "mixing"]]
+    rows = [["policy", *METRICS, "sd over seeds", "steps took, s", "mixing"]]
     for name, runs in comparison.runs.items():
         seconds = [run.step_time_s.sum() for run in runs.values()]
         rows.append(
