@@ -82,6 +82,12 @@ def test_steps_to_a_perplexity_are_interpolated_in_its_logarithm() -> None:
     assert steps_to(iteration, perplexity, 9.9) == math.inf
 
 
+def test_a_perplexity_is_reached_at_the_validation_after_an_infinite_one(tmp_path: Path) -> None:
+    run = record(tmp_path, [[7, 7], [700, 7], [3, 3]], [0.5, 0.5])
+    assert steps_to(run.validation_iteration, run.mean_perplexity[:, 0], math.exp(4)) == 2
+    assert steps_to(np.array([0.0, 5]), np.array([math.inf, 10]), 20) == 5
+
+
 def record(folder: Path, losses: list[list[float]], weights: list[float]) -> Run:
     """A recorded run of one step, 10 s of it, between validations with these losses of a and b."""
     info = RunInfo(["a", "b"], 4, 8, len(losses) - 1, "made up")

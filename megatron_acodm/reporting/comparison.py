@@ -79,19 +79,20 @@ def t_quantile(degrees: int) -> float:
 def steps_to(iteration: np.ndarray, perplexity: np.ndarray, target: float) -> float:
     """Steps after which validations first reach a perplexity; inf if they never do.
 
-    Between validations the logarithm of the perplexity is taken to be linear in steps.
+    Between validations the logarithm of the perplexity is taken to be linear in steps; after one
+    that is not finite, the perplexity is reached at the next validation.
 
     Args:
         iteration: [V] steps before each validation.
-        perplexity: [V].
+        perplexity: [V]; inf or nan where it is beyond floats.
         target: the perplexity to reach.
     """
     reached = np.flatnonzero(perplexity <= target)
     if len(reached) == 0:
         return math.inf
     after = int(reached[0])
-    if after == 0:
-        return float(iteration[0])
+    if after == 0 or not np.isfinite(perplexity[after - 1]):
+        return float(iteration[after])
     high, low = np.log(perplexity[after - 1]), np.log(perplexity[after])
     share = float((high - np.log(target)) / (high - low))
     return float(iteration[after - 1] + share * (iteration[after] - iteration[after - 1]))
