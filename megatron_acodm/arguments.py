@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from megatron_acodm.config import ESTIMATORS, GRANULES, POLICIES, AcodmConfig
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.megatron.run import RunShape
 from megatron_acodm.megatron.tokenizer import TOKENIZER_TYPES
 from megatron_acodm.policy_config import OBJECTIVES
@@ -19,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m megatron_acodm.train",
         description="Train a GPT on Megatron-Core with its data mixture decided online.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     _add_model(parser.add_argument_group("model"))
     _add_training(parser.add_argument_group("training"))
@@ -142,7 +143,9 @@ def add_mixing_arguments(group: Any, default_policy: str) -> None:
     group.add_argument("--acodm-objective", choices=OBJECTIVES,
                        help="policy acodm: what the mixture is to lower, the mean over domains of "
                        "perplexity or loss; batch: the paper's reward")  # fmt: skip
-    group.add_argument("--acodm-decision-lag", type=int)
+    group.add_argument("--acodm-decision-lag", type=int,
+                       help="steps from a measurement to the batch that it decides, beyond the "
+                       "next")  # fmt: skip
     group.add_argument("--acodm-granule", choices=GRANULES,
                        help="what is of one domain as a whole")  # fmt: skip
     group.add_argument("--acodm-minimum-quota", type=int,
@@ -153,7 +156,9 @@ def add_mixing_arguments(group: Any, default_policy: str) -> None:
                        help="resume although domains came, went or have other data; those "
                        "that stayed go on where they were")  # fmt: skip
     group.add_argument("--acodm-estimator", choices=ESTIMATORS,
-                       help="compare gradients in full, or by a random projection")  # fmt: skip
+                       help="how gradients are compared; exact: in full; sketch: by a random "
+                       "projection; captured: from layer inputs, for micro-batches of several "
+                       "domains")  # fmt: skip
     group.add_argument("--acodm-sketch-size", type=int,
                        help="numbers a domain of the projection, a multiple of 64")  # fmt: skip
     group.add_argument("--acodm-coordinates", type=float, metavar="SHARE",
@@ -169,9 +174,15 @@ def add_mixing_arguments(group: Any, default_policy: str) -> None:
     group.add_argument("--acodm-gram-interval", type=int,
                        help="steps between records of all products of the domains' "
                        "gradients")  # fmt: skip
-    group.add_argument("--acodm-initial-weights", choices=("natural", "uniform"))
-    group.add_argument("--acodm-min-weight", type=float)
-    group.add_argument("--acodm-max-weight", type=float)
+    group.add_argument("--acodm-initial-weights", choices=("natural", "uniform"),
+                       help="first mixture: natural (by size, or the weights given with "
+                       "--data-path) or uniform")  # fmt: skip
+    group.add_argument("--acodm-min-weight", type=float,
+                       help="lowest share that an online policy may give to a "
+                       "domain")  # fmt: skip
+    group.add_argument("--acodm-max-weight", type=float,
+                       help="highest share that an online policy may give to a "
+                       "domain")  # fmt: skip
 
 
 def acodm_config(args: argparse.Namespace) -> AcodmConfig | None:

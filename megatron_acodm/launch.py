@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from megatron_acodm.arguments import acodm_config, add_mixing_arguments
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.door import fail, rank, speak_once
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.job_file import ARGUMENTS, MEGATRON_LM, read_arguments
 from megatron_acodm.megatron.hosts.manifests import expand_manifests
 
@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
         description="Run a training script of Megatron-LM, such as pretrain_gpt.py, unedited and "
         "with its own arguments, while a policy decides its data mixture.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     group = parser.add_argument_group("data mixing")
     add_mixing_arguments(group, default_policy="the config's; without a config none")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.reporting import page, table
 from megatron_acodm.reporting.run import Run
 
@@ -33,7 +34,11 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 def main() -> None:
     """Parse the command line, write the report and print the closing table."""
-    parser = argparse.ArgumentParser(prog="megatron_acodm.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_acodm.report",
+        description="Show a training run as a table on the terminal and as an HTML page.",
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("run_dir", type=Path, help="directory that the training run wrote")
     parser.add_argument("--output", type=Path, help="default: RUN_DIR/report.html")
     arguments = parser.parse_args()

@@ -32,6 +32,7 @@ from megatron_acodm.alignment import (
     SketchEstimator,
 )
 from megatron_acodm.config import AlignmentConfig
+from megatron_acodm.help_format import HelpFormatter
 
 Candidates = dict[str, Callable[[], float]]
 
@@ -257,8 +258,12 @@ def free_bytes(device: torch.device) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--domains", type=int, nargs="+", default=[7, 22, 64], metavar="K")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=HelpFormatter
+    )
+    parser.add_argument(
+        "--domains", type=int, nargs="+", default=[7, 22, 64], metavar="K", help="how many"
+    )
     parser.add_argument(
         "--numbers",
         type=float,
@@ -276,8 +281,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="M",
         help="numbers a domain of the sketch (default: %(default)s)",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the gradients"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="that medians are over")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")

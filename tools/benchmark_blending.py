@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_acodm.blending import Ledger
+from megatron_acodm.help_format import HelpFormatter
 
 _LOCATED = 10_000_000  # samples of the run that are located for the rate
 _CHUNK = 1_000_000
@@ -107,14 +108,16 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     parser.add_argument(
         "--samples", type=float, nargs="+", default=[1e6, 1e7, 1e8, 1e9], help="lengths of runs"
     )
-    parser.add_argument("--domains", type=int, default=22)
+    parser.add_argument("--domains", type=int, default=22, help="how many")
     parser.add_argument("--stage", type=int, default=1152, help="samples a step")
     parser.add_argument("--granule", type=int, default=8, help="samples a micro-batch")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="that medians are over")
     parser.add_argument(
         "--megatron-up-to", type=float, default=1e8, help="longest run that Megatron is given"
     )

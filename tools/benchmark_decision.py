@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_acodm.config import AgentConfig, MixingConfig
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.metrics import describe_hardware, installed_versions
 from megatron_acodm.mixing import MixingController, Observation, build_policy
 from megatron_acodm.mixing.transfer import save_policy
@@ -148,10 +149,14 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--domains", type=int, nargs="+", default=[7, 22, 64], metavar="K")
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    parser.add_argument(
+        "--domains", type=int, nargs="+", default=[7, 22, 64], metavar="K", help="how many"
+    )
     parser.add_argument("--probes", type=int, default=4, metavar="D", help="probed layers")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="that medians are over")
     parser.add_argument("--decisions", type=int, default=20, help="of each policy and round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(arguments)

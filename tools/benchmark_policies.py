@@ -41,6 +41,7 @@ import yaml
 from megatron_acodm import AcodmConfig
 from megatron_acodm.arguments import build_parser, check_arguments
 from megatron_acodm.files import write_atomically
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.reporting.comparison import Comparison, tables
 from megatron_acodm.reporting.comparison_plots import write_plots
@@ -400,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("config", type=Path)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.preprocess.encoder import parse_record
 from megatron_acodm.preprocess.manifest import Manifest
 from megatron_acodm.preprocess.reader import open_inputs, read_chunks
@@ -232,7 +233,9 @@ def ratio(figures: dict[str, Any], suffix: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit status: 1 also for files that differ."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     parser.add_argument(
         "--megatron", type=Path, required=True, help="a Megatron-LM checkout that runs here"
     )
@@ -243,8 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="SentencePieceTokenizer",
     )
     parser.add_argument("--tokenizer-model", required=True, help="the .model file, or the folder")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="of either tool"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="that medians are over")
     parser.add_argument("--python", default=sys.executable, help="interpreter for Megatron-LM's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args(arguments)

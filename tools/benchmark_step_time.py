@@ -41,6 +41,7 @@ import megatron_acodm
 from megatron_acodm import AcodmConfig, Mixer, RunShape, ops
 from megatron_acodm.arguments import build_parser, check_arguments, check_batch
 from megatron_acodm.config import ESTIMATORS
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.megatron.decisions import StepReport
 from megatron_acodm.megatron.mixer import Step
 from megatron_acodm.metrics import describe_hardware, installed_versions
@@ -349,14 +350,16 @@ def show(rows: Sequence[dict[str, Any]], device: str) -> None:
 
 def parse_arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
     """The benchmark's own arguments, and the trainer's."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--shape", choices=SHAPES, default="pythia-70m")
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="pythia-70m", help="of the model")
     parser.add_argument("--micro-batches", type=int, default=18, help="of a step and replica")
-    parser.add_argument("--domains", type=int, default=22, metavar="K")
+    parser.add_argument("--domains", type=int, default=22, metavar="K", help="how many")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--candidates", nargs="+", metavar="NAME",
                         help="only these and the static blend, as 'acodm, sketch'")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="that medians are over")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds of all rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     options, further = parser.parse_known_args(words)

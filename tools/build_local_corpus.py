@@ -1,7 +1,7 @@
 """Assembles a small corpus of clearly different domains from text that this machine already has.
 
 The quickstart trains on it, so that a first run needs no download. Records have the Pile's format,
-``{"text": ..., "meta": {"pile_set_name": ...}}``; training and validation documents are disjoint.
+{"text": ..., "meta": {"pile_set_name": ...}}; training and validation documents are disjoint.
 """
 
 from __future__ import annotations

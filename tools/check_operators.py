@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_acodm import ops
+from megatron_acodm.help_format import HelpFormatter
 
 Check = Callable[[torch.device], Iterator[str]]
 
@@ -272,7 +273,9 @@ def run(check: Check, device: torch.device) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all checks; 0 if all hold."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], formatter_class=HelpFormatter
+    )
     parser.add_argument("--device", default="cuda", help="cuda (default) or cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     options = parser.parse_args(arguments)

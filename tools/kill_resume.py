@@ -32,6 +32,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_acodm.blending import Ledger
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.megatron.checkpoint import TRACKER
 from megatron_acodm.metrics import METRICS_FILE, RUN_FILE, read_metrics, read_run_info
 from megatron_acodm.mixing.serialization import load_state
@@ -389,10 +390,12 @@ def conduct(campaign: Any, options: argparse.Namespace, tallied: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("--data-path", nargs="+", required=True, help="as the trainer's")
-    add("--kills", type=int, default=25)
+    add("--kills", type=int, default=25, help="of all runs together")
     add("--steps", type=int, default=40, help="of each run (default: %(default)s)")
     add("--seed", type=int, default=1, help="of the moments to kill at")
     add("--processes", type=int, nargs="+", default=[2, 1], help="undisturbed, others to resume")

@@ -24,6 +24,8 @@ from pathlib import Path
 import psutil
 from kill_resume import LEARNING, Difference, Facts, Folder, Launch, compare, conduct, facts
 
+from megatron_acodm.help_format import HelpFormatter
+
 WAYS = ("all", "one rank", "SIGTERM")
 KILLS_PER_RUN = 4
 PATIENCE_S = 90.0  # for what is left after a kill to end
@@ -152,7 +154,9 @@ class Campaign:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("manifest", help="of tools/preprocess_pile.py")
     add("--minutes", type=float, default=10, help="begin no further run after these")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.megatron.tokenizer import TOKENIZER_TYPES
 from megatron_acodm.preprocess.manifest import MANIFEST_NAME, Manifest
 from megatron_acodm.preprocess.pool import WorkerDied
@@ -22,7 +23,9 @@ _PRINTED_LINES = 10
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     parser.add_argument(
         "--input",
         nargs="+",

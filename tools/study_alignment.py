@@ -36,6 +36,7 @@ from megatron_acodm.alignment import (
 )
 from megatron_acodm.arguments import build_parser, check_arguments
 from megatron_acodm.config import AlignmentConfig
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.megatron.groups import initialize_distributed
 from megatron_acodm.megatron.indexed import token_dtype
 from megatron_acodm.megatron.parameters import SelectedParameter, layer_of, select_parameters
@@ -391,7 +392,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=HelpFormatter
+    )
     parser.add_argument("--manifest", required=True, help="of a corpus by tools/preprocess_pile.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 30, 150], metavar="STEP",
@@ -403,9 +406,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=4, help="a domain, when measuring")
     parser.add_argument("--batches", type=int, default=3, help="measured at a step, at least 2")
     parser.add_argument("--seeds", type=int, default=16, help="maps drawn of each estimator")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the training")
+    parser.add_argument("--seed", type=int, default=1234, help="of weights and text")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     options = parser.parse_args(arguments)
     options.steps = sorted(set(options.steps))
     if min(*options.steps, options.micro_batches, options.seeds, options.batches - 1) < 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.preprocess.reader import open_inputs, read_chunks
 
 EOS = "<|endoftext|>"
@@ -103,7 +104,7 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 def main() -> None:
     """Parse the command line, train, and write the model."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input", nargs="+", required=True, help=".jsonl, .jsonl.gz or .jsonl.zst files"
     )

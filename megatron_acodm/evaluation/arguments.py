@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_acodm.evaluation.harness import TaskOptions, check_options
+from megatron_acodm.help_format import HelpFormatter
 from megatron_acodm.megatron.tokenizer import TOKENIZER_TYPES
 
 
@@ -17,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Evaluate a checkpoint of our trainer or of Megatron-LM: perplexity on each "
         "domain of --data-path or --valid-data-path, and --tasks of lm-evaluation-harness.",
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--load", required=True, metavar="FOLDER",
                         help="a run's --save folder, or one checkpoint in it")  # fmt: skip
