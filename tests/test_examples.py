@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,15 @@ def test_an_array_preprocesses_and_one_task_merges(tmp_path: Path, corpus: Corpu
     assert len(files) == 6
     for name in files:
         assert (tmp_path / "array" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_tools_which_are_not_executable_are_called_by_python() -> None:
+    call = re.compile(r"(?:^|[`(#,]) *(tools/\w+\.py) (?=--|[A-Z]{2}|examples/)", re.MULTILINE)
+    texts = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    for path in [*texts, *(EXAMPLES / "configs").glob("*.yaml")]:
+        tools = call.findall(path.read_text(encoding="utf-8"))
+        ours = [tool for tool in tools if (REPOSITORY / tool).exists()]  # not Megatron-LM's
+        assert [tool for tool in ours if not os.access(REPOSITORY / tool, os.X_OK)] == [], path
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
