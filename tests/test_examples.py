@@ -231,3 +231,12 @@ def test_shell_scripts_pass_shellcheck() -> None:
     assert len(scripts) >= 5
     result = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_the_readmes_settings_are_read(tmp_path: Path) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "mix.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
+    config = AcodmConfig.from_yaml(tmp_path / "mix.yaml")
+    assert config.blending.max_epochs == 4.0
+    assert config.mixing == AcodmConfig().mixing  # as the comments say
+    assert config.alignment == AcodmConfig().alignment
