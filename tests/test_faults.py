@@ -61,7 +61,7 @@ def faulty_set_up(args):
                 raise RuntimeError("injected into the decision")
             if observation.iteration == {EXPLODED_CRITIC}:
                 with torch.no_grad():
-                    for parameter in policy.agent.critic.parameters:
+                    for parameter in policy.agent.critic.network.parameters():
                         parameter.fill_(float("inf"))
             policy.iteration = observation.iteration
             return decide(observation)
