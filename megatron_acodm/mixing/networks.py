@@ -149,7 +149,8 @@ class Actor(nn.Module):
         self.floor.copy_(torch.from_numpy(bounds.floor))
         uniform = uniform_weights(bounds.active)
         self.uniform.copy_(torch.from_numpy(uniform))
-        self._least = np.maximum(FLOOR_MARGIN * (uniform - bounds.floor), 1e-9)  # 0 at a floor of 1/K
+        # Not 0, also where the floor is 1/K.
+        self._least = np.maximum(FLOOR_MARGIN * (uniform - bounds.floor), 1e-9)
         self._masked = np.where(bounds.active, 0.0, -np.inf)
         self.lean_on(self._prior)
 
