@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -37,8 +38,7 @@ def fail(message: str, cause: BaseException | None = None) -> NoReturn:
         message: the last thing that is said.
         cause: whose traceback is printed before it: an error that may not be what it seems.
     """
-    # torchrun ends all ranks of a node when one of them has ended: not before this is said.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    ignore_sigterm()
     if _is_first_to_fail():
         if cause is not None:
             traceback.print_exception(cause)
@@ -47,6 +47,15 @@ def fail(message: str, cause: BaseException | None = None) -> NoReturn:
     for helper in multiprocessing.active_children():  # Megatron's writer of checkpoints has one
         helper.kill()
     os._exit(1)
+
+
+def ignore_sigterm() -> None:
+    """Let a rank that fails say so: torchrun sends SIGTERM to all of a node when it has lost one.
+
+    Blocking the signal would not do, as another thread of the process would take it.
+    """
+    with contextlib.suppress(ValueError):  # in a thread, which may not; the main one decides
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _is_first_to_fail() -> bool:

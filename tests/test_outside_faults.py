@@ -93,11 +93,47 @@ def test_a_killed_rank_ends_the_others_with_one_message(
     running.trainer(lost).kill()
     assert running.wait(60) != 0
     assert f"rank      : {lost} " in running.output and "SIGKILL" in running.output  # torchrun's
+    assert len(re.findall(MESSAGE, running.output)) == 1, running.output
     (message,) = re.findall(MESSAGE, running.output)
     assert message.startswith(f"error: rank {1 - lost}: another rank is gone, or did not answer")
     assert re.search(r"goes on after step (\d+)", message), message
     again = start("--exit-interval", str(_announced(tmp_path / "c") + 3))
     assert again.wait() == 0, again.output
+
+
+def test_a_rank_that_torchrun_ends_meanwhile_still_says_what_failed(
+    train: Train, tmp_path: Path
+) -> None:
+    """torchrun's SIGTERM may come at any moment after another rank is lost; here, the worst."""
+    script = tmp_path / "lost.py"
+    script.write_text(
+        """
+import os
+import signal
+from megatron_acodm import train as door
+from megatron_acodm.megatron import failures
+from megatron_acodm.megatron.trainer import Trainer
+
+step, lost_rank = Trainer._step, failures.lost_rank
+
+def lose_a_rank(self, *arguments):
+    step(self, *arguments)
+    if self.iteration == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def after_sigterm(error):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return lost_rank(error)
+
+Trainer._step, failures.lost_rank = lose_a_rank, after_sigterm
+door.main()
+""",
+        encoding="utf-8",
+    )
+    save = ("--save", str(tmp_path / "c"), "--eval-interval", "0")
+    run = train("--train-iters", "9", *save, processes=2, script=script)
+    assert run.code != 0
+    assert len(re.findall(MESSAGE, run.output)) == 1, run.output
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_time_out(start: Start) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_acodm.arguments import run_shape
 from megatron_acodm.blending import DataExhausted
 from megatron_acodm.config import AcodmConfig
+from megatron_acodm.door import ignore_sigterm
 from megatron_acodm.megatron.checkpoint import load_checkpoint, save_checkpoint
 from megatron_acodm.megatron.data import (
     build_training_dataset,
@@ -130,12 +131,15 @@ class Trainer:
                     break
             records.flush()
             self._explain_early_end()
+        except BaseException:
+            ignore_sigterm()  # before the rest takes time
+            raise
         finally:
             unpatch()
             if records is not None:
                 records.close()
-            if self._exit_signal is not None:
-                self._exit_signal.close()
+        if self._exit_signal is not None:
+            self._exit_signal.close()
 
     @property
     def consumed_samples(self) -> int:
