@@ -22,7 +22,7 @@ def read_weights(path: str | Path) -> dict[str, float]:
     - RegMix's (sail-sg/regmix, ``mixture_config/**/*.yaml``):
       ``{train: {domain: weight, ...}, ...}``
 
-    Names are taken as they stand.
+    Names are taken as they stand; policy ``static`` finds the domains they mean.
 
     Raises:
         ValueError: if the file cannot be read or has another form.

@@ -153,7 +153,7 @@ def test_no_step_is_taken_along_a_gradient_that_is_not_finite(agent: DDPGAgent) 
     learner = agent.critic
     gradients = [torch.zeros_like(parameter) for parameter in learner.network.parameters()]
     gradients[0][0, 0] = 1e30  # its square is beyond float32
-    with pytest.raises(FloatingPointError, match=r"Critic's gradient is inf; it is put back"):
+    with pytest.raises(FloatingPointError, match="Critic has run away.*is inf"):
         learner.descend(gradients)
     pairs = zip(learner.network.parameters(), learner.target.parameters(), strict=True)
     assert all(torch.equal(online, target) for online, target in pairs)

@@ -517,12 +517,46 @@ def test_the_flag_comes_before_the_config_and_the_weights_are_recorded(tmp_path:
     assert AcodmConfig.from_dict(json.loads(json.dumps(result.to_dict()))).mixing == result.mixing
 
 
-def test_the_examples_are_mixtures_of_the_piles_domains() -> None:
-    doremi = read_weights(EXAMPLES / "doremi_pile.json")
-    regmix = read_weights(EXAMPLES / "regmix_pile.yaml")
-    assert len(doremi) == 22 and len(regmix) == 17 and set(regmix) < set(doremi)
-    for weights in (doremi, regmix):
-        assert sum(weights.values()) == pytest.approx(1.0, abs=2e-4)
+PILE = list(read_weights(EXAMPLES / "doremi_pile.json"))
+COPYRIGHTED = {"Books3", "BookCorpus2", "OpenSubtitles", "YoutubeSubtitles", "OpenWebText2"}
+
+
+@pytest.mark.parametrize(
+    ("file", "domains", "pile_cc", "exporter"),
+    [
+        ("doremi_pile.json", PILE, 0.6057, 0.0063),
+        ("regmix_pile.yaml", [x for x in PILE if x not in COPYRIGHTED], 0.8701, 0.0012),
+    ],
+)
+def test_published_weights_of_the_pile_load_as_they_are(
+    file: str, domains: list[str], pile_cc: float, exporter: float
+) -> None:
+    config = MixingConfig(policy="static", weights_file=str(EXAMPLES / file))
+    weights = build_policy(config, domains, np.ones(len(domains)), 4, 100, 0).initial_weights
+    assert weights[domains.index("Pile-CC")] == pytest.approx(pile_cc, rel=1e-3)
+    assert weights[domains.index("NIH ExPorter")] == pytest.approx(exporter, rel=3e-2)
+    with pytest.raises(ValueError, match=r"missing: Extra .0 leaves a domain out"):
+        build_policy(config, [*domains, "Extra"], np.ones(len(domains) + 1), 4, 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"A b": 1.0, "a_b": 1.0, "c": 1.0}, "has domain 'A b' twice, also as 'a_b'"),
+        ({"a_b": 1.0, "a-B": 1.0, "c": 1.0}, "has domain 'A b' twice, also as 'a-B'"),
+        ({"ab c": 1.0, "c": 1.0}, "unknown: ab c; missing: A b"),
+    ],
+)
+def test_a_spelling_means_one_domain(weights: dict[str, float], message: str) -> None:
+    config = MixingConfig(policy="static", weights=weights)
+    with pytest.raises(ValueError, match=message):
+        build_policy(config, ["A b", "c"], np.ones(2), 4, 100, 0)
+
+
+def test_domains_that_are_spelled_alike_are_told_apart_by_their_exact_names() -> None:
+    config = MixingConfig(policy="static", weights={"a b": 3.0, "A_B": 1.0})
+    policy = build_policy(config, ["a b", "A_B"], np.ones(2), 4, 100, 0)
+    assert policy.initial_weights.tolist() == [0.75, 0.25]
 
 
 # A real run ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Corpus, Run, Train
 from toy import ToyEnvironment, block_gram
 
@@ -135,7 +136,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_dropped_by_all(
     ("step", "fault"),
     [
         (RAISING_AGENT, "RuntimeError: injected into the decision"),
-        (EXPLODED_CRITIC, "FloatingPointError: the squared norm of the Critic's gradient is nan"),
+        (EXPLODED_CRITIC, "FloatingPointError: the Critic has run away"),
     ],
     ids=["exception inside the agent", "exploding critic"],
 )
@@ -241,23 +242,25 @@ def test_wherever_the_agent_raises_the_controller_answers(
     assert controller.rewards is not None
 
 
-@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 1e15])
+@pytest.mark.parametrize("scale", [10.0, 1e2, 1e4, 1e8, 1e15, float("inf"), float("nan")])
 def test_a_critic_that_runs_away_is_put_back_to_its_target_and_learns_on(scale: float) -> None:
-    """At 1e15 its loss is finite, the squares of its gradient are not."""
+    """Up to 1e8 its gradient is finite, at 1e15 its loss is, the squares of its gradient are not."""
     controller, environment = _warm_controller()
     critic = controller.policy.agent.critic  # type: ignore[attr-defined]
-    critic.network.net[-1].weight.data.fill_(scale)
+    head = critic.network.net[-1].weight.data
+    head.copy_(scale * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+    before = controller.weights.copy()
     controller.decide(environment.step(11, controller.weights))
     assert controller.policy_failures == 1
+    assert controller.weights.tolist() == before.tolist()
     for left, right in zip(critic.network.parameters(), critic.target.parameters(), strict=True):
         assert left.isfinite().all() and left.equal(right)
-    before = controller.weights.copy()
     for iteration in range(12, 20):
         controller.decide(environment.step(iteration, controller.weights))
     assert controller.policy_failures == 1
-    assert controller.diagnostics()["critic_loss"] < 1e3
+    assert controller.diagnostics()["critic_loss"] < 1e2
     assert controller.weights.tolist() != before.tolist()
-    assert all(parameter.isfinite().all() for parameter in critic.network.parameters())
+    assert np.abs(controller.weights - before).max() < 0.1
 
 
 def _said(run: Run, pattern: str) -> bool:

@@ -22,8 +22,13 @@ PAPER = AgentConfig(objective="batch", prior_strength=0.0, reward_smoothing=0.9)
 BEST = np.array([(1 - 3 * FLOOR) / 3] * 3 + [FLOOR] * 3)
 
 
-def six_domains(seed: int, steps: int = STEPS, sizes: Any = (1,) * DOMAINS) -> MixingController:
-    config = MixingConfig(agent=PAPER)
+def six_domains(
+    seed: int,
+    steps: int = STEPS,
+    sizes: Any = (1,) * DOMAINS,
+    agent: AgentConfig = PAPER,
+) -> MixingController:
+    config = MixingConfig(agent=agent)
     policy = build_policy(config, list("abcdef"), np.array(sizes), 4, steps, seed)
     return MixingController(policy)
 
@@ -72,6 +77,26 @@ def test_nothing_is_learned_unless_both_networks_descend(
     monkeypatch.setattr(network, "descend", lambda gradients: None)
     assert abs(gain(settled(play(controller, environment(seed=0))))) < 0.1
     assert controller.policy_failures == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_default_agent_leaves_its_prior_for_what_is_rewarded(seed: int) -> None:
+    """Its prior is nearly uniform here: the domains' losses are."""
+    controller = six_domains(seed, agent=AgentConfig())
+    drawn = play(controller, environment(seed))
+    assert controller.dropped_steps == controller.policy_failures == 0
+    assert settled(drawn)[:HELPFUL].sum() > 0.85
+
+
+@pytest.mark.parametrize("learner", ["actor", "critic"])
+def test_the_default_agent_stays_at_its_prior_unless_both_networks_descend(
+    learner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = six_domains(seed=0, agent=AgentConfig())
+    network = getattr(controller.policy.agent, learner)  # type: ignore[attr-defined]
+    monkeypatch.setattr(network, "descend", lambda gradients: None)
+    drawn = play(controller, environment(seed=0))
+    assert settled(drawn)[:HELPFUL].sum() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("lag", [0, 4])

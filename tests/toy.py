@@ -19,14 +19,14 @@ class ToyEnvironment:
     """
 
     noise = 0.3
-    """Of an alignment measured on one micro-batch."""
+    """Of an alignment, and of an affinity, measured on one micro-batch."""
 
     def __init__(self, gram: np.ndarray, seed: int, steps: int) -> None:
         self.interaction = gram - np.diag(np.diag(gram))
         self.gram = gram
         self.num_domains = len(gram)
         self.steps = steps
-        self._rng = np.random.default_rng(seed)
+        self._rng, self._affinity_rng = (np.random.default_rng(x) for x in (seed, [seed, 1]))
         self._carry = np.zeros(len(gram))
 
     def value(self, weights: np.ndarray) -> float:
@@ -48,6 +48,9 @@ class ToyEnvironment:
         scale = 1 + 10 * np.exp(-iteration / 20)
         alignment = scale * (self.alignment(count / MICRO_BATCHES) + self.noise * noise[0])
         loss = 2 + 6 * np.exp(-iteration / 100) + 0.1 * noise[1]
+        shape = (self.num_domains, self.num_domains)
+        spread = self.noise / np.sqrt(np.maximum(count, 1))[:, None]
+        affinity = scale * (self.gram + spread * self._affinity_rng.normal(size=shape))
         unseen = np.where(count > 0, 0.0, np.nan)
         return Observation(
             iteration=iteration,
@@ -58,7 +61,7 @@ class ToyEnvironment:
             loss=loss + unseen,
             alignment=alignment + unseen,
             grad_sq_norm=scale * np.diag(self.gram) + unseen,
-            affinity=scale * self.gram + unseen[:, None],
+            affinity=affinity + unseen[:, None],
             weight_norm=np.full(4, 0.02 + 1e-5 * iteration),
             weight_delta_norm=np.full(4, 1e-4 * scale),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -45,11 +45,7 @@ class Learner(Generic[Network]):
         # Adam keeps squares: one beyond float32 would hold its parameter still for ever.
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum().item()
         if not math.isfinite(squares):
-            self._restart_from_target()
-            raise FloatingPointError(
-                f"the squared norm of the {type(self.network).__name__}'s gradient is "
-                f"{squares:.4g}; it is put back to its target network"
-            )
+            self.restart_from_target(f"the squared norm of its gradient is {squares:.4g}")
         averages, square_averages = self._moments["exp_avg"], self._moments["exp_avg_sq"]
         adam(
             self._parameters, gradients, averages, square_averages, [], self._moments["step"],
@@ -57,10 +53,15 @@ class Learner(Generic[Network]):
             eps=1e-8, maximize=False,
         )  # fmt: skip
 
-    def _restart_from_target(self) -> None:
+    def restart_from_target(self, reason: str) -> NoReturn:
+        """Put a network that has run away back to its target; always raises FloatingPointError."""
         torch._foreach_copy_(self._parameters, self._target_parameters)
         for moments in self._moments.values():
             torch._foreach_zero_(moments)
+        raise FloatingPointError(
+            f"the {type(self.network).__name__} has run away and is put back to its target "
+            f"network: {reason}"
+        )
 
     def follow(self, tau: float) -> None:
         """Move the target network by the share ``tau`` towards the trained one."""
@@ -124,6 +125,11 @@ class DDPGAgent:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
             self.actor = Learner(Actor(*shape, prior, bounds), config.actor_lr)
             self.critic = Learner(Critic(*shape, len(prior)), config.critic_lr)
+        gamma = config.gamma
+        self._largest_future = (
+            gamma * REWARD_CLIP / (1.0 - gamma) if gamma < 1.0 else math.inf
+        )  # what clipped rewards can add up to
+        self._largest_loss = 4.0 * (REWARD_CLIP**2 + self._largest_future**2)  # twice as far off
 
     def act(self, state: Tensor) -> np.ndarray:
         """The actor's mixture [K] float64 for a standardised ``state`` [S]."""
@@ -140,10 +146,19 @@ class DDPGAgent:
         self.actor.target.restrict(bounds)
 
     def update(self, batch: Transitions) -> Losses:
-        """One step of the critic, one of the actor; the targets follow. All standardised."""
+        """One step of the critic, one of the actor; the targets follow. All standardised.
+
+        Raises:
+            FloatingPointError: if a network has run away, before its target or the other follow.
+        """
         actor, critic = self.actor.network, self.critic.network
         future = self.future_target(batch)
         critic_loss, gradients = critic.loss(batch.states, batch.weights, batch.rewards, future)
+        if not critic_loss <= self._largest_loss:
+            self.critic.restart_from_target(
+                f"its loss is {critic_loss:.4g}, more than twice the largest rewards can explain "
+                f"({self._largest_loss:.4g})"
+            )
         self.critic.descend(gradients)
         self.critic.follow(self.config.tau)
         mixtures, trace = actor.trace(batch.states)
@@ -158,10 +173,9 @@ class DDPGAgent:
 
         Bounded by what clipped rewards can add up to, so that a critic cannot run away.
         """
-        gamma = self.config.gamma
         next_values = self.critic.target(batch.next_states, self.actor.target(batch.next_states))
-        limit = gamma * REWARD_CLIP / (1.0 - gamma) if gamma < 1.0 else math.inf
-        return (gamma * next_values).clamp_(-limit, limit)
+        limit = self._largest_future
+        return (self.config.gamma * next_values).clamp_(-limit, limit)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""

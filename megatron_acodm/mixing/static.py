@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -36,7 +37,8 @@ class StaticPolicy(Policy):
         return self.initial_weights
 
 
-def _given_weights(weights: dict[str, float], setting: Setting, source: str | None) -> np.ndarray:
+def _given_weights(given: dict[str, float], setting: Setting, source: str | None) -> np.ndarray:
+    weights = _by_domain(given, setting.domains)
     unknown = sorted(set(weights) - set(setting.domains))
     missing = sorted(set(setting.domains) - set(weights))
     if unknown or missing:
@@ -57,3 +59,26 @@ def _given_weights(weights: dict[str, float], setting: Setting, source: str | No
     if values.sum() == 0.0:
         raise ValueError("mixing.weights are all 0; give at least one domain a positive weight")
     return values / values.sum()
+
+
+def _by_domain(weights: dict[str, float], domains: Sequence[str]) -> dict[str, float]:
+    """``weights`` by the run's names of their domains; names that fit none stay.
+
+    A name may differ in case and in what is neither letter nor digit: the Pile's "NIH ExPorter" is
+    "train_the_pile_nih_exporter" in RegMix's files.
+    """
+    spellings: dict[str, list[str]] = {}
+    for name in domains:
+        spellings.setdefault(_spelling(name), []).append(name)
+    found: dict[str, float] = {}
+    for given, weight in weights.items():
+        fitting = spellings.get(_spelling(given), [])
+        name = fitting[0] if len(fitting) == 1 and given not in domains else given
+        if name in found or (name != given and name in weights):
+            raise ValueError(f"mixing.weights has domain {name!r} twice, also as {given!r}")
+        found[name] = weight
+    return found
+
+
+def _spelling(name: str) -> str:
+    return "".join(filter(str.isalnum, name.removeprefix("train_the_pile_").casefold()))
