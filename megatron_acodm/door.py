@@ -7,14 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import NoReturn
 
-_HEAD_START_S = 2.0
-"""How long other ranks let rank 0 speak first: torchrun ends them when it exits."""
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""torchrun's variable with a file of each rank, in a folder of each start of all."""
 
 
 def rank() -> int:
@@ -23,13 +22,16 @@ def rank() -> int:
 
 
 def speak_once(parser: ArgumentParser) -> None:
-    """Leave what the parser has to say of wrong flags to rank 0."""
-    if rank() != 0:
-        parser.print_usage = lambda file=None: None  # type: ignore[method-assign]
-        parser.exit = _exit_quietly  # type: ignore[method-assign]
+    """Let one rank say what the parser has to say of wrong flags, where torchrun starts many."""
+
+    def error(message: str) -> NoReturn:
+        fail(f"{parser.format_usage()}{parser.prog}: error: {message}", status=2)
+
+    if _ERROR_FILE in os.environ:
+        parser.error = error  # type: ignore[method-assign]
 
 
-def fail(message: str, cause: BaseException | None = None) -> NoReturn:
+def fail(message: str, cause: BaseException | None = None, status: int = 1) -> NoReturn:
     """Print the error once for all ranks of a node and leave at once, whatever peers wait for.
 
     The first to fail speaks, as the others may fail because it has.
@@ -37,6 +39,7 @@ def fail(message: str, cause: BaseException | None = None) -> NoReturn:
     Args:
         message: the last thing that is said.
         cause: whose traceback is printed before it: an error that may not be what it seems.
+        status: to exit with.
     """
     ignore_sigterm()
     if _is_first_to_fail():
@@ -46,7 +49,7 @@ def fail(message: str, cause: BaseException | None = None) -> NoReturn:
     sys.stdout.flush()
     for helper in multiprocessing.active_children():  # Megatron's writer of checkpoints has one
         helper.kill()
-    os._exit(1)
+    os._exit(status)
 
 
 def ignore_sigterm() -> None:
@@ -60,7 +63,7 @@ def ignore_sigterm() -> None:
 
 def _is_first_to_fail() -> bool:
     """Whether no other rank that this torchrun has started asked that before."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    file = os.environ.get(_ERROR_FILE)
     if file is None:
         return True
     start = Path(file).parent.parent  # of one start of all ranks; torchrun removes it
@@ -71,9 +74,3 @@ def _is_first_to_fail() -> bool:
     except OSError:
         return True
     return True
-
-
-def _exit_quietly(status: int = 0, message: str | None = None) -> NoReturn:
-    del message
-    time.sleep(_HEAD_START_S)
-    sys.exit(status)

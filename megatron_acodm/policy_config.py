@@ -8,6 +8,7 @@ from megatron_acodm.checks import require, require_in_range
 
 ODM_RULES = ("code", "paper")
 OBJECTIVES = ("perplexity", "loss", "batch")
+REWARDS = ("alignment", "loss")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,13 @@ class AgentConfig:
     ``perplexity``: the mean of the domains' perplexities. ``loss``: the mean of their losses.
     Both are weighted by the first mixture: a domain counts as much as ``initial_weights`` gives it.
     ``batch``: the loss of the batch as drawn, without a domain's part in its own; the paper's.
+    """
+
+    reward: str = "alignment"
+    """What a domain is drawn for: one of REWARDS.
+
+    ``alignment``: how its gradient serves the objective. ``loss``: its loss, which needs no
+    gradients, as policy ``odm`` has it; the objective then gives the prior only.
     """
 
     hidden_size: int = 128
@@ -72,7 +80,7 @@ class AgentConfig:
     """Share of the run's steps that explore (paper: 833 of 41,667 steps)."""
 
     reward_smoothing: float = 0.97
-    """xi in reward <- xi * reward + (1 - xi) * alignment, for each domain and step.
+    """xi in reward <- xi * reward + (1 - xi) * measured, for each domain and step.
 
     A domain that is measured again after t steps takes xi^t.
     """
@@ -84,6 +92,10 @@ class AgentConfig:
         require(
             self.objective in OBJECTIVES,
             f"agent.objective is {self.objective!r}; the objectives are {', '.join(OBJECTIVES)}",
+        )
+        require(
+            self.reward in REWARDS,
+            f"agent.reward is {self.reward!r}; the rewards are {', '.join(REWARDS)}",
         )
         for name in (
             "hidden_size",

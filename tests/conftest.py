@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
+# A busy machine is no fault, and a run that fails can be had again.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the CPU's; see tools/ for GPU checks
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -52,6 +52,12 @@ def make_texts() -> Texts:
     return {"Gutenberg (PG-19)": topics[:30], "Python Code": code[:40], "Odd/../ones": awkward}
 
 
+def identity(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written, and not when it is read."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def record(text: Any = "some text", domain: Any = "A") -> dict[str, Any]:
     return {"text": text, "meta": {"pile_set_name": domain}}
 

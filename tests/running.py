@@ -59,7 +59,7 @@ class Running:
         timed = ("step_time_s", "mixing_time_s", "timing")
         return [{k: v for k, v in x.items() if k not in timed} for x in lines if "lm_loss" in x]
 
-    def wait_for_step(self, step: int, seconds: float = 90) -> None:
+    def wait_for_step(self, step: int, seconds: float = 300) -> None:
         """Until the metrics have it, or a later one, of this start."""
         deadline = time.monotonic() + seconds
         while not self.steps or self.steps[-1]["iteration"] < step:
@@ -105,7 +105,7 @@ class Running:
                 process.kill()
         self._process.wait()
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 400) -> int:
         """The exit status of torchrun."""
         try:
             return self._process.wait(seconds)

@@ -69,6 +69,10 @@ def test_bad_flags(arguments: tuple[str, ...], world_size: int, message: str) ->
         ("mixing: {polcy: acodm}", "unknown key mixing.polcy; the keys here are .*policy"),
         ("mixing: {policy: magic}", "'magic'; the policies are acodm, static, uniform"),
         ("mixing: {agent: {gamma: 2}}", "agent.gamma is 2"),
+        (
+            "mixing: {agent: {reward: luck}}",
+            "agent.reward is .luck.; the rewards are alignment, loss",
+        ),
         ("mixing: {weights: {a: 1}}", "mixing.weights is for policy 'static', not 'acodm'"),
         ("mixing: [1, 2]", "mixing. must be a mapping"),
         (

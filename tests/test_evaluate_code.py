@@ -45,7 +45,7 @@ def test_an_endless_program_is_ended(program: str) -> None:
     start = time.monotonic()
     outcome = execute(program, BRIEF)
     assert not outcome.passed and outcome.reason == "timed out"
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 45
 
 
 def test_memory_is_limited() -> None:

@@ -244,7 +244,6 @@ def test_wherever_the_agent_raises_the_controller_answers(
 
 @pytest.mark.parametrize("scale", [10.0, 1e2, 1e4, 1e8, 1e15, float("inf"), float("nan")])
 def test_a_critic_that_runs_away_is_put_back_to_its_target_and_learns_on(scale: float) -> None:
-    """Up to 1e8 its gradient is finite, at 1e15 its loss is, the squares of its gradient are not."""
     controller, environment = _warm_controller()
     critic = controller.policy.agent.critic  # type: ignore[attr-defined]
     head = critic.network.net[-1].weight.data

@@ -20,7 +20,7 @@ from layout_worker import SKETCH_SIZE, WEIGHTS, Case, measure
 from reference_gpt import DOMAINS, Scores, reference_scores
 
 WORKER = Path(__file__).with_name("layout_worker.py")
-TIMEOUT_S = 240  # of all cases of a number of processes
+TIMEOUT_S = 600  # of all cases of a number of processes
 
 
 def _cases() -> list[Case]:

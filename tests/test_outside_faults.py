@@ -137,10 +137,10 @@ door.main()
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_time_out(start: Start) -> None:
-    running = start("--distributed-timeout-minutes", "0.1")
+    running = start("--distributed-timeout-minutes", "0.3", "--save-interval", "1000")
     running.wait_for_step(4)
     running.trainer(1).send_signal(signal.SIGSTOP)
-    running.wait_for_output("another rank is gone, or did not answer within 0.1 minutes", 40)
+    running.wait_for_output("another rank is gone, or did not answer within 0.3 minutes", 120)
     running.trainer(1).kill()  # torchrun would, 30 s later
     assert running.wait(60) != 0
 
@@ -148,12 +148,12 @@ def test_a_rank_that_hangs_is_given_up_after_the_time_out(start: Start) -> None:
 def test_a_lost_rank_is_restarted_by_torchrun_and_nothing_differs(
     start: Start, train: Train, learning: str
 ) -> None:
-    running = start("--exit-interval", "14", restarts=1)
+    running = start("--exit-interval", "40", restarts=1)
     running.wait_for_step(8)
     running.trainer(1).kill()
     assert running.wait() == 0, running.output
     assert "resuming after step" in running.output
-    assert running.steps == _undisturbed(train, learning, 14)
+    assert running.steps == _undisturbed(train, learning, 40)
 
 
 def test_a_full_disk_in_a_save_leaves_the_last_checkpoint(

@@ -366,7 +366,7 @@ def test_results_come_in_order_and_tasks_are_taken_only_as_needed() -> None:
 
 def test_results_come_as_soon_as_they_are_there_when_their_order_does_not_matter() -> None:
     with WorkerPool(2, lambda: lambda seconds: time.sleep(seconds)) as workers:
-        numbers = [number for number, _ in workers.as_completed([0.5, 0.0, 0.0, 0.0])]
+        numbers = [number for number, _ in workers.as_completed([3.0, 0.0, 0.0, 0.0])]
     assert numbers == [1, 2, 3, 0]
 
 

@@ -199,9 +199,10 @@ def test_a_worker_that_is_lost_on_ray_is_replaced_and_the_files_are_those_of_one
             wait_for_task(process, shards).kill()
             begun = set[str]()
             while process.poll() is None:
-                begun |= {path.name for path in shards.glob("*.*")}
+                with contextlib.suppress(FileNotFoundError):  # it goes in the end
+                    begun |= {path.name for path in shards.glob("*.*")}
                 time.sleep(0.002)
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=300)
         finally:
             process.kill()
         assert process.returncode == 0, output
@@ -214,7 +215,7 @@ def test_a_worker_that_is_lost_on_ray_is_replaced_and_the_files_are_those_of_one
 
 def wait_for_task(driver: subprocess.Popen[str], shards: Path) -> psutil.Process:
     """Wait until a shard is being built; return its worker."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and driver.poll() is None:
         if list(shards.glob("*.*/00000.bin")):
             for child in psutil.Process(driver.pid).children(recursive=True):
@@ -235,7 +236,7 @@ def test_a_malformed_line_on_ray_is_the_error_that_it_is_anywhere(
     ]
     flags = ["--input", *inputs, "--output-dir", str(tmp_path / "out"), *BYTE_FLAGS]
     process = start_on_ray(flags, short_path)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     error = re.escape(f"error: {inputs[1]}, line 2: not JSON")
     assert re.search(f"^{error}", output, re.MULTILINE)
@@ -250,19 +251,19 @@ def test_a_cluster_must_have_the_cpus_and_a_stopped_run_says_so(
     flags = ["--input", long, "--output-dir", str(tmp_path / "out"), *BYTE_FLAGS]
     with one_cpu_cluster(short_path) as address:
         process = start_on_ray(flags, short_path, address)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 1
         expected = "error: --workers is 2, .* no node of the cluster has more than 1;"
         assert re.search(f"^{expected} lower --workers", output, re.MULTILINE)
         process = start_on_ray([*flags, "--workers", "1"], short_path, address)
         shards = tmp_path / "out" / FOLDER_NAME / "shards"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not list(shards.glob("*.*/00000.bin")):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.01)
         process.terminate()
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 143, output
         assert output.endswith("terminated\n")
 

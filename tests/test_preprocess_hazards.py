@@ -24,6 +24,7 @@ from preprocessing import (
     TOOL,
     contents,
     documents,
+    identity,
     load_main,
     published,
     record,
@@ -324,11 +325,11 @@ def test_overwriting_leaves_an_equal_corpus_alone_and_says_how_to_make_it_anew(
 ) -> None:
     out = tmp_path / "out"
     assert main(command(sources, out)) == 0
-    before = {path: path.stat() for path in out.iterdir()}
+    before = {path: identity(path) for path in out.iterdir()}
     for step in ([], ["--merge"], ["--shard", "0/2"]):
         assert main(command(sources, out, "--overwrite", *step)) == 0
     assert "nothing was done (to make them anew, delete that file)" in capsys.readouterr().out
-    assert {path: path.stat() for path in before} == before
+    assert {path: identity(path) for path in before} == before
     (out / "manifest.json").unlink()
     assert main(command(sources, out, "--overwrite")) == 0
     assert (out / "manifest.json").exists()

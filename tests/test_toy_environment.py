@@ -99,6 +99,20 @@ def test_the_default_agent_stays_at_its_prior_unless_both_networks_descend(
     assert settled(drawn)[:HELPFUL].sum() == pytest.approx(0.5, abs=0.05)
 
 
+def test_an_agent_rewarded_by_losses_draws_where_they_are_high_and_needs_no_gradient() -> None:
+    controller = six_domains(seed=0, agent=replace(PAPER, reward="loss"))
+    assert not controller.needs_alignment and not controller.needs_affinity
+    toy, weights = environment(seed=0), controller.weights
+    for iteration in range(1, STEPS + 1):
+        seen = toy.step(iteration, weights)
+        loss = seen.loss + np.array([1, 1, 0, 0, 0, 0])
+        seen = replace(seen, loss=loss, alignment=None, grad_sq_norm=None, affinity=None)
+        weights = controller.decide(seen)
+    assert controller.dropped_steps == controller.policy_failures == 0
+    assert weights[:2].sum() > 0.6  # uniform: 0.33
+    assert controller.rewards is not None and np.ptp(controller.rewards) < 1.3
+
+
 @pytest.mark.parametrize("lag", [0, 4])
 def test_learning_survives_the_decision_lag(lag: int) -> None:
     assert gain(settled(play(six_domains(seed=0), environment(seed=0), lag))) > 0.7

@@ -232,8 +232,9 @@ class Decisions:
             "mixing.weights": _shares(self._config.mixing.weights),
             # They stand for the natural ones.
             "blend weights": self._blend_weights,
-            # Rewards for another objective, or of other gradients, must not be averaged with the
-            # saved ones.
+            # Rewards of another kind, for another objective, or of other gradients, must not be
+            # averaged with the saved ones.
+            "reward": self._config.mixing.agent.reward,
             "objective": self._config.mixing.agent.objective,
             # The first mixture says how much a domain counts in the objective.
             "initial weights": self._config.mixing.initial_weights,

@@ -26,7 +26,7 @@ from megatron_acodm.mixing.serialization import load_state, save_state
 logger = logging.getLogger(__name__)
 
 FOLDER = "acodm"
-FORMAT = 6
+FORMAT = 7
 """Version of the folder's layout."""
 
 _ADOPTABLE = ("domain '", "order of the domains", "mixing.weights", "blend weights")

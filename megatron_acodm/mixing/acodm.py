@@ -31,15 +31,15 @@ _ROUNDING = 1e-6
 class AcodmPolicy(Policy):
     """AC-ODM (arXiv 2505.23878) without a proxy: agent and model train together.
 
-    Each step it smooths the domains' alignments with its objective into rewards, stores the
-    transition (state before, weights that drew the batch, rewards, state after), updates the agent
-    once the replay can fill a batch, and acts on the new state. It departs from the mixture that
-    descends on the objective as far as the rewards give reason to. Early in the run it explores:
-    normal noise on the weights, then back onto the bounded simplex.
+    Each step it smooths the domains' alignments with its objective (or their losses) into rewards,
+    stores the transition (state before, weights that drew the batch, rewards, state after), updates
+    the agent once the replay can fill a batch, and acts on the new state. It departs from the
+    mixture that descends on the objective as far as the rewards give reason to. Early in the run it
+    explores: normal noise on the weights, then back onto the bounded simplex.
     """
 
     name: ClassVar[str] = "acodm"
-    needs_alignment: ClassVar[bool] = True
+    needs_alignment = True
     needs_probes: ClassVar[bool] = True
 
     def __init__(self, config: MixingConfig, setting: Setting) -> None:
@@ -51,7 +51,8 @@ class AcodmPolicy(Policy):
         num_domains = len(setting.domains)
         self.encoder = StateEncoder(num_domains, setting.num_probes)
         self.objective = Objective(self.config.objective, self.initial_weights)
-        self.needs_affinity = self.objective.needs_affinity
+        self.needs_alignment = self.config.reward == "alignment"
+        self.needs_affinity = self.needs_alignment and self.objective.needs_affinity
         self.reward = RewardTracker(num_domains, self.config.reward_smoothing)
         seeds = np.random.SeedSequence(setting.seed).generate_state(3).tolist()
         self.replay = ReplayBuffer(
@@ -74,7 +75,8 @@ class AcodmPolicy(Policy):
         """Learn from one step; weights [K] for the next undecided one."""
         self.objective.observe(observation.loss)
         self.agent.lean_on(self.objective.mixture)
-        rewards = self.reward.update(self.objective.alignment(observation), observation.weights)
+        measured = self._measured(observation)
+        rewards = self.reward.update(measured, observation.weights)
         state = self.encoder.observe(observation)
         if self._previous is not None:
             drawn_with = torch.tensor(observation.weights)
@@ -162,6 +164,12 @@ class AcodmPolicy(Policy):
             actor={name: value.detach().clone() for name, value in actor.items()},
             provenance=provenance,
         )
+
+    def _measured(self, observation: Observation) -> np.ndarray:
+        """What the step says of each domain's worth, [K]; nan for a domain not drawn."""
+        if self.config.reward == "loss":
+            return observation.loss
+        return self.objective.alignment(observation)
 
     def _sample(self) -> Transitions:
         """A replay batch on the scales of today."""

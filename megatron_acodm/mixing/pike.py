@@ -37,7 +37,7 @@ class PikePolicy(Policy):
     """
 
     name: ClassVar[str] = "pike"
-    needs_alignment: ClassVar[bool] = True
+    needs_alignment = True
     needs_affinity = True
 
     def __init__(self, config: MixingConfig, setting: Setting) -> None:

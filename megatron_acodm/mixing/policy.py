@@ -62,7 +62,7 @@ class Policy(ABC):
     name: ClassVar[str]
     """As in ``mixing.policy`` of the config."""
 
-    needs_alignment: ClassVar[bool] = False
+    needs_alignment: bool = False
     """Whether observations must carry alignments."""
 
     needs_probes: ClassVar[bool] = False

@@ -17,7 +17,8 @@ REWARD_CLIP = 5.0
 class RewardTracker:
     """Rewards of K domains, r_i <- xi r_i + (1 - xi) w_i, and the scalar r = sum_i a_i r_i.
 
-    w_i is measured on *mean* gradients, so nothing is divided by the sampling probability here.
+    w_i is measured on *mean* gradients (or is the mean loss), so nothing is divided by the sampling
+    probability here.
     The first measurement of a domain starts its average; a domain not drawn keeps its value, and
     xi^t takes the place of xi when it is measured t steps after the last time. So averages of all
     domains forget as fast: else one that is seldom drawn would keep the large alignments of the
