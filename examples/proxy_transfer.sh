@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Proxy mode from end to end: a small model's run learns a policy, which then drives a larger model;
-# the larger model is also trained with natural weights, to compare.
+# the larger model is also trained with natural weights. Each run has its report; OUTPUT/table.md
+# and plots compare the larger model with and without the proxy.
 #
 #   examples/proxy_transfer.sh TRAIN_MANIFEST VALID_MANIFEST OUTPUT [trainer flags]
 #
 # The manifests are those of tools/preprocess_pile.py. STEPS, PROXY and TARGET (model flags) may be
-# set in the environment, also PROCESSES of each run and PYTHON; further flags go to all three runs. Runs that are there are not repeated.
+# set in the environment, also PROCESSES of each run and PYTHON; further flags go to all three runs.
+# A run that is there is not repeated; where it was made with other settings, that is an error.
 set -euo pipefail
 
 train=$1 valid=$2 output=$3
@@ -20,8 +22,15 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 run() { # name, flags of the run
   local directory=$output/$1
   shift
-  [ -f "$directory/report.html" ] && return
+  local settings="$train $valid $processes ${STEPS:-300} $*"
+  if [ -f "$directory/report.html" ]; then
+    [ "$settings" = "$(cat "$directory/settings")" ] && return
+    echo "error: $directory was made with other settings; remove it, or name another OUTPUT" >&2
+    exit 1
+  fi
   echo "== ${directory##*/} =="
+  mkdir -p "$directory"
+  echo "$settings" >"$directory/settings"
   "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
     -m megatron_acodm.train --data-path "$train" --valid-data-path "$valid" --seq-length 128 \
     --micro-batch-size 2 --global-batch-size 48 --train-iters "${STEPS:-300}" --lr 2e-3 \
@@ -41,12 +50,15 @@ run() { # name, flags of the run
 import sys
 from pathlib import Path
 
-from megatron_acodm.metrics import read_metrics
+from megatron_acodm.reporting.comparison import Comparison, tables
+from megatron_acodm.reporting.comparison_plots import write_plots
+from megatron_acodm.reporting.run import Run
 
-for name in ("target_natural", "target_with_proxy"):
-    steps, validations = read_metrics(Path(sys.argv[1]) / name)
-    seconds = sum(step["step_time_s"] for step in steps)
-    mixing = sum(step["mixing_time_s"] for step in steps)
-    means = ", ".join(f"{key} {value:.1f}" for key, value in validations[-1]["mean_perplexity"].items())
-    print(f"{name:18} mean perplexity {means}; mixing took {mixing / seconds:.2%} of the step time")
+output = Path(sys.argv[1])
+folders = {"natural": "target_natural", "with the proxy": "target_with_proxy"}
+runs = {name: {1: Run.load(output / folder)} for name, folder in folders.items()}
+comparison = Comparison(runs, ["natural"])
+(output / "table.md").write_text(tables(comparison), encoding="utf-8")
+print(tables(comparison))
+print("plots:", *write_plots(comparison, output))
 PYTHON

@@ -12,14 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, Corpus
 from torch.distributed.run import get_args_parser
+from toy import ToyEnvironment, block_gram
 
 from megatron_acodm import launch, train
 from megatron_acodm.arguments import build_parser, check_arguments, check_batch
 from megatron_acodm.config import AcodmConfig
 from megatron_acodm.megatron.hosts.manifests import expand_manifests
+from megatron_acodm.metrics import read_metrics
+from megatron_acodm.mixing import MixingController, build_policy
+from megatron_acodm.mixing.acodm import AcodmPolicy
 
 EXAMPLES = REPOSITORY / "examples"
 JOBS = {name: EXAMPLES / "configs" / f"{name}.yaml" for name in ("pythia_1b", "llama_7b")}
@@ -240,3 +245,46 @@ def test_the_readmes_settings_are_read(tmp_path: Path) -> None:
     assert config.blending.max_epochs == 4.0
     assert config.mixing == AcodmConfig().mixing  # as the comments say
     assert config.alignment == AcodmConfig().alignment
+
+
+def test_the_papers_preset_trains_a_policy_of_its_sizes() -> None:
+    config = AcodmConfig.from_yaml(EXAMPLES / "configs" / "paper.yaml")
+    names = [f"domain {k}" for k in range(22)]
+    policy = build_policy(config.mixing, names, np.arange(1, 23), 4, 41_667, seed=1)
+    assert isinstance(policy, AcodmPolicy) and not policy.needs_affinity
+    actor = policy.agent.actor.network
+    assert 4_000_000 < sum(parameter.numel() for parameter in actor.parameters()) < 5_000_000
+    controller, toy = MixingController(policy), ToyEnvironment(block_gram(22, 11), 0, 41_667)
+    for iteration in range(1, 36):
+        weights = controller.decide(toy.step(iteration, controller.weights))
+    assert controller.diagnostics()["replay_size"] == 34
+    assert np.isfinite(controller.diagnostics()["critic_loss"])
+    assert controller.policy_failures == controller.dropped_steps == 0
+    assert weights.sum() == pytest.approx(1.0) and weights.min() > 0.0
+
+
+def test_proxy_mode_runs_from_end_to_end_and_is_compared(corpus: Corpus, tmp_path: Path) -> None:
+    def run(steps: int) -> subprocess.CompletedProcess[str]:
+        script = str(EXAMPLES / "proxy_transfer.sh")
+        command = ["bash", script, str(corpus.manifest), str(corpus.manifest), str(tmp_path)]
+        flags = ["--eval-iters", "1", "--global-batch-size", "8", "--seq-length", "32"]
+        model = "--hidden-size 16 --num-attention-heads 2 --num-layers"
+        models = {"PROXY": f"{model} 1", "TARGET": f"{model} 2"}
+        environment = {**ENVIRONMENT, **models, "PYTHON": sys.executable, "STEPS": str(steps)}
+        return subprocess.run(
+            [*command, *flags], env=environment, capture_output=True, text=True, timeout=600
+        )
+
+    first = run(4)
+    assert first.returncode == 0, first.stdout + first.stderr
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| with the proxy |" in table and "| natural " in table and table in first.stdout
+    for name in ("proxy", "target_with_proxy", "target_natural"):
+        assert (tmp_path / name / "report.html").exists()
+    assert (tmp_path / "curves.png").exists()
+    steps, _ = read_metrics(tmp_path / "target_with_proxy")
+    assert len(steps) == 4 and all(step["alignment_bytes"] < 1000 for step in steps)  # no gradient
+    again = run(4)
+    assert again.returncode == 0 and "==" not in again.stdout  # nothing was trained again
+    other = run(5)
+    assert other.returncode == 1 and "was made with other settings" in other.stderr
