@@ -38,8 +38,9 @@ class AdoPolicy(Policy):
     learns from the others too, and laws stay comparable. Until the first fit the initial weights
     hold. Departures: the fit (see ``scaling_law``) takes means over a block of steps in place of a
     Savitzky-Golay filter and imputed losses, and does not keep epsilon_k above e^0.5, which is of
-    the authors' tokenizer; warm-up and interval are shares of the run; and delta_min is at most
-    half of the uniform share.
+    the authors' tokenizer; warm-up and interval are shares of the run; delta_min is at most half of
+    the uniform share; and h and its root are the paper's, where the authors' code averages realised
+    counts and takes (h (1 - h))^s.
     """
 
     name: ClassVar[str] = "ado"
