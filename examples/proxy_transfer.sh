@@ -22,9 +22,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 run() { # name, flags of the run
   local directory=$output/$1
   shift
-  local settings="$train $valid $processes ${STEPS:-300} $*"
+  local settings="$train $valid $processes ${STEPS:-300} $* ${policy_sum:-}"
   if [ -f "$directory/report.html" ]; then
-    [ "$settings" = "$(cat "$directory/settings")" ] && return
+    [ "$settings" = "$(cat "$directory/settings" 2>/dev/null)" ] && return
     echo "error: $directory was made with other settings; remove it, or name another OUTPUT" >&2
     exit 1
   fi
@@ -42,7 +42,9 @@ run() { # name, flags of the run
 # shellcheck disable=SC2086  # the models are several words
 {
   run proxy $proxy --acodm-policy acodm --acodm-save-policy "$output/policy" "$@"
+  policy_sum=$(cksum <"$output/policy.safetensors")  # no older proxy may have driven the target
   run target_with_proxy $target --acodm-policy frozen --acodm-load-policy "$output/policy" "$@"
+  policy_sum=
   run target_natural $target --acodm-policy static "$@"
 }
 

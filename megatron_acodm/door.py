@@ -22,12 +22,14 @@ def rank() -> int:
 
 
 def speak_once(parser: ArgumentParser) -> None:
-    """Let one rank say what the parser has to say of wrong flags, where torchrun starts many."""
+    """Let one rank say what the parser has to say of wrong flags, where many are started."""
 
     def error(message: str) -> NoReturn:
+        if rank() != 0 and not os.environ.get(_ERROR_FILE):  # no torchrun ends who speaks
+            sys.exit(2)
         fail(f"{parser.format_usage()}{parser.prog}: error: {message}", status=2)
 
-    if _ERROR_FILE in os.environ:
+    if "RANK" in os.environ:
         parser.error = error  # type: ignore[method-assign]
 
 
@@ -64,7 +66,7 @@ def ignore_sigterm() -> None:
 def _is_first_to_fail() -> bool:
     """Whether no other rank that this torchrun has started asked that before."""
     file = os.environ.get(_ERROR_FILE)
-    if file is None:
+    if not file:  # it is empty where torchrun keeps no logs
         return True
     start = Path(file).parent.parent  # of one start of all ranks; torchrun removes it
     try:

@@ -127,6 +127,22 @@ def test_an_unknown_flag_ends_every_rank_with_one_message() -> None:
     assert result.stderr.count("unrecognized arguments: --no-such-flag") == 1
 
 
+@pytest.mark.parametrize("error_file", [None, ""])  # torchrun sets the second with no logs
+def test_without_a_file_of_torchruns_every_failure_speaks(
+    tmp_path: Path, error_file: str | None
+) -> None:
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    if error_file is not None:
+        environment["TORCHELASTIC_ERROR_FILE"] = error_file
+    command = [sys.executable, "-c", "from megatron_acodm.door import fail; fail('error: boom')"]
+    for _ in range(2):
+        result = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (result.returncode, result.stderr) == (1, "error: boom\n")
+    assert not any(tmp_path.iterdir())
+
+
 def _edit_manifest(corpus: Corpus, folder: Path, keep: int) -> Path:
     shutil.copytree(corpus.manifest.parent, folder)
     path = folder / "manifest.json"

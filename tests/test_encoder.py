@@ -70,9 +70,7 @@ _ODD = [
 TEXTS = st.lists(
     st.one_of(st.sampled_from(_WORDS), st.sampled_from(_ODD), st.text(max_size=5)), min_size=1
 ).map("".join)
-PROPERTY = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+PROPERTY = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

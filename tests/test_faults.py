@@ -209,8 +209,8 @@ def test_a_domain_that_never_appears_is_no_fault_of_a_run(
     assert run.steps[-1]["diagnostics"]["replay_size"] == 7  # every step teaches
 
 
-def _warm_controller() -> tuple[MixingController, ToyEnvironment]:
-    config = MixingConfig(agent=AgentConfig(replay_batch_size=4))
+def _warm_controller(gamma: float = 0.5) -> tuple[MixingController, ToyEnvironment]:
+    config = MixingConfig(agent=AgentConfig(replay_batch_size=4, gamma=gamma))
     policy = build_policy(config, ["a", "b", "c"], np.ones(3), 4, 100, seed=5)
     controller, environment = MixingController(policy), ToyEnvironment(block_gram(3, 2), 1, 100)
     for iteration in range(1, 11):
@@ -242,9 +242,12 @@ def test_wherever_the_agent_raises_the_controller_answers(
     assert controller.rewards is not None
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("scale", [10.0, 1e2, 1e4, 1e8, 1e15, float("inf"), float("nan")])
-def test_a_critic_that_runs_away_is_put_back_to_its_target_and_learns_on(scale: float) -> None:
-    controller, environment = _warm_controller()
+def test_a_critic_that_runs_away_is_put_back_to_its_target_and_learns_on(
+    scale: float, gamma: float
+) -> None:
+    controller, environment = _warm_controller(gamma)
     critic = controller.policy.agent.critic  # type: ignore[attr-defined]
     head = critic.network.net[-1].weight.data
     head.copy_(scale * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
@@ -260,6 +263,17 @@ def test_a_critic_that_runs_away_is_put_back_to_its_target_and_learns_on(scale: 
     assert controller.diagnostics()["critic_loss"] < 1e2
     assert controller.weights.tolist() != before.tolist()
     assert np.abs(controller.weights - before).max() < 0.1
+
+
+def test_a_critic_whose_target_has_run_away_too_begins_anew() -> None:
+    controller, environment = _warm_controller()
+    critic = controller.policy.agent.critic  # type: ignore[attr-defined]
+    for network in (critic.network, critic.target):
+        network.net[-1].bias.data.fill_(1e3)
+    for iteration in range(11, 30):
+        controller.decide(environment.step(iteration, controller.weights))
+    assert controller.policy_failures == 1
+    assert controller.diagnostics()["critic_loss"] < 1e2
 
 
 def _said(run: Run, pattern: str) -> bool:

@@ -22,7 +22,7 @@ from host import start_megatron, tiny_model
 
 from megatron_acodm import AcodmConfig, launch
 from megatron_acodm.blending import DataExhausted
-from megatron_acodm.config import BlendingConfig, MixingConfig
+from megatron_acodm.config import AgentConfig, BlendingConfig, MixingConfig
 from megatron_acodm.megatron import compat, patches
 from megatron_acodm.megatron.hosts import cpu, megatron_lm
 from megatron_acodm.megatron.hosts.megatron_lm import LaunchOptions, MegatronLM
@@ -423,6 +423,8 @@ def test_a_host_mixes_by_sequence_only_where_a_micro_batch_is_one() -> None:
 def test_graphs_are_fine_where_no_gradient_is_measured() -> None:
     args = Namespace(dataloader_type="single", cuda_graph_impl="local")
     refuse_unsupported(args, UNIFORM)
+    by_losses = MixingConfig(agent=AgentConfig(reward="loss"))
+    refuse_unsupported(args, AcodmConfig(mixing=by_losses))
 
 
 def test_weights_may_be_gathered_in_eight_bits_where_no_norm_of_them_is_measured() -> None:

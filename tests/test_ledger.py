@@ -128,7 +128,7 @@ def everything(ledger: Ledger) -> list[np.ndarray]:
 # Order ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(runs())
 def test_every_sample_is_where_the_naive_reference_puts_it(run):
     ledger, stages = run
@@ -138,7 +138,7 @@ def test_every_sample_is_where_the_naive_reference_puts_it(run):
 
 
 @needs_compiler
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(runs(max_domains=30), st.randoms(use_true_random=False))
 def test_compiled_and_numpy_agree_bit_for_bit(run, random):
     ledger, _ = run
@@ -177,7 +177,7 @@ def test_the_order_of_scheme_1_never_changes():
     assert zlib.crc32(np.stack(everything(ledger)).tobytes()) == 2760507734
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(runs(), st.lists(st.integers(0, 10**6), max_size=5), st.randoms(use_true_random=False))
 def test_how_a_query_is_split_or_ordered_does_not_matter(run, cuts, random):
     ledger, _ = run
@@ -193,7 +193,7 @@ def test_how_a_query_is_split_or_ordered_does_not_matter(run, cuts, random):
     np.testing.assert_array_equal(ledger.locate(shuffled)[1], positions[shuffled])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(runs())
 def test_every_sequence_is_drawn_exactly_once_an_epoch(run):
     ledger, _ = run
@@ -209,7 +209,7 @@ def test_every_sequence_is_drawn_exactly_once_an_epoch(run):
                 assert len(set(drawn)) == len(drawn) == mine.sum() % size
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(runs())
 def test_a_granule_is_of_one_domain_and_consecutive_positions(run):
     ledger, _ = run
@@ -264,7 +264,7 @@ def test_shuffles_are_uniform_in_place_and_in_succession(n):
 # Counts ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_constant_weights_are_followed_within_one_granule_at_every_moment(data):
     num_domains = data.draw(st.integers(1, 40))
@@ -277,7 +277,7 @@ def test_constant_weights_are_followed_within_one_granule_at_every_moment(data):
         assert (np.abs(ledger.drawn / 3 - due) < 1 + 1e-9).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_cutting_a_stage_in_two_changes_no_count(data):
     num_domains = data.draw(st.integers(1, 8))
@@ -321,7 +321,7 @@ def test_arbitrary_weights_are_followed_within_the_harmonic_bound():
     assert worst <= sum(1 / k for k in range(2, num_domains + 1)) + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(runs())
 def test_a_domain_of_weight_zero_is_never_drawn(run):
     ledger, stages = run
@@ -335,7 +335,7 @@ def test_a_domain_of_weight_zero_is_never_drawn(run):
         first += count
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(runs(), st.integers(0, 500), st.integers(0, 500))
 def test_counts_of_any_range_are_those_of_its_samples(run, a, b):
     ledger, _ = run
@@ -424,7 +424,7 @@ def test_the_state_of_another_run_is_refused_with_the_difference(changes, messag
         small_ledger(0, **changes).load_state_dict(small_ledger().state_dict())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(stage=st.integers(0, 4), column=st.integers(0, 7), bit=st.integers(0, 62))
 def test_an_altered_stage_is_refused_by_number(stage, column, bit):
     state = small_ledger().state_dict()

@@ -59,7 +59,7 @@ def naive_fit(units, granules, minimum, limits) -> list[Fraction]:
 
 
 @needs_compiler
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(divisions())
 def test_compiled_and_numpy_apportion_alike(division):
     for ours, reference in zip(
@@ -68,7 +68,7 @@ def test_compiled_and_numpy_apportion_alike(division):
         np.testing.assert_array_equal(ours, reference)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(divisions())
 def test_every_quota_keeps_its_bounds_and_the_carry_accounts_for_all(division):
     units, granules, carry, minimum, limits = division
@@ -82,7 +82,7 @@ def test_every_quota_keeps_its_bounds_and_the_carry_accounts_for_all(division):
     np.testing.assert_array_equal(after, carry + followed * granules - quota * ONE)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(divisions())
 def test_weights_out_of_bounds_are_moved_to_the_nearest_in_proportion(division):
     units, granules, _, minimum, limits = division
@@ -107,7 +107,7 @@ def test_a_division_that_cannot_be_made_is_refused(implementation):
 # Minimum --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_with_a_minimum_every_domain_comes_in_every_stage_and_weights_are_still_followed(data):
     num_domains = data.draw(st.integers(1, 12))
@@ -142,7 +142,7 @@ def test_a_minimum_larger_than_the_stage_is_refused_and_leaves_the_ledger_alone(
 # Repetition -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_domain_passes_its_cap_and_all_are_drawn_up_to_it(data):
     num_domains = data.draw(st.integers(1, 8))

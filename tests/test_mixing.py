@@ -182,7 +182,7 @@ def test_bounds_that_leave_no_mixture_are_refused(bounds: Any, message: str) -> 
 # Projection ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     point=arrays(np.float64, st.integers(1, 12), elements=st.floats(-3, 3)),
     low=st.floats(0, 1),

@@ -58,7 +58,7 @@ def test_alignment_is_the_product_with_the_sum_of_the_others(alignment, dtype, K
 
 
 @ALIGNMENTS
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_alignment_takes_any_view(alignment, data):
     K = data.draw(st.integers(1, 40))

@@ -93,8 +93,9 @@ def test_a_killed_rank_ends_the_others_with_one_message(
     running.trainer(lost).kill()
     assert running.wait(60) != 0
     assert f"rank      : {lost} " in running.output and "SIGKILL" in running.output  # torchrun's
-    assert len(re.findall(MESSAGE, running.output)) == 1, running.output
-    (message,) = re.findall(MESSAGE, running.output)
+    messages = re.findall(MESSAGE, running.output)
+    assert len(messages) == 1, running.output
+    (message,) = messages
     assert message.startswith(f"error: rank {1 - lost}: another rank is gone, or did not answer")
     assert re.search(r"goes on after step (\d+)", message), message
     again = start("--exit-interval", str(_announced(tmp_path / "c") + 3))

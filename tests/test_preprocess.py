@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from preprocessing import (
@@ -316,7 +316,6 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 # --- The parts ------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     data=st.lists(st.sampled_from([b"\n", b"a", b"\r", b"bc" * 9]), max_size=60).map(b"".join),
     chunk=st.integers(1, 50),

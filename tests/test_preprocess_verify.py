@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from preprocessing import load_main, make_texts, record, records, write
 from tiny_tokenizer import train_sentencepiece
@@ -148,7 +148,6 @@ def test_verify_takes_no_other_source_than_the_manifest(
     assert "required: --input, --tokenizer-type" in capsys.readouterr().err
 
 
-@settings(deadline=None)
 @given(parts=st.lists(st.lists(st.integers(0, 3), max_size=9), max_size=4), block=st.integers(1, 5))
 def test_an_index_has_the_counts_that_it_was_written_with(
     parts: list[list[int]], block: int, tmp_path_factory: pytest.TempPathFactory

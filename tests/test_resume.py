@@ -112,6 +112,17 @@ def test_resume_as_another_run_is_refused_with_the_difference(
     assert "Traceback" not in resumed.output
 
 
+def test_rewards_of_another_kind_are_not_averaged_with_the_saved_ones(
+    resume: Callable[..., Run], learning: str, tmp_path: Path
+) -> None:
+    text = Path(learning).read_text(encoding="utf-8")
+    other = tmp_path / "losses.yaml"
+    other.write_text(text.replace("agent: {", "agent: {reward: loss, "), encoding="utf-8")
+    resumed = resume("--acodm-config", str(other))
+    assert resumed.code != 0
+    assert "reward: saved alignment, now loss" in resumed.output, resumed.output
+
+
 def test_a_static_blend_is_not_resumed_in_another_order(train: Train, tmp_path: Path) -> None:
     arguments = ("--eval-interval", "0", "--acodm-policy", "none")
     saved = ("--save", str(tmp_path / "saved"), "--exit-interval", "2")

@@ -37,7 +37,7 @@ class Limits:
     """What a program may use."""
 
     seconds: float = 10.0
-    """Of time, and of each process's CPU time."""
+    """Of CPU time for each process; starting up and waiting may take _START_UP_S more."""
 
     memory_bytes: int = 1 << 30
     """Address space of each process."""

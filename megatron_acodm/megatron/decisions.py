@@ -62,7 +62,8 @@ class Decisions:
         self.domains, self._sizes, self._checksums = list(domains), list(sizes), list(checksums)
         blending = config.blending
         policy = POLICIES[config.mixing.policy]
-        self.needs_alignment, self.needs_probes = policy.needs_alignment, policy.needs_probes
+        self.needs_alignment = policy.compares_gradients(config.mixing)
+        self.needs_probes = policy.needs_probes
         self._granule_size = granule_size(blending, config.alignment, run, self.needs_alignment)
         self._minimum = minimum_quota(
             blending,

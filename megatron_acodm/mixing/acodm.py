@@ -51,7 +51,7 @@ class AcodmPolicy(Policy):
         num_domains = len(setting.domains)
         self.encoder = StateEncoder(num_domains, setting.num_probes)
         self.objective = Objective(self.config.objective, self.initial_weights)
-        self.needs_alignment = self.config.reward == "alignment"
+        self.needs_alignment = self.compares_gradients(config)
         self.needs_affinity = self.needs_alignment and self.objective.needs_affinity
         self.reward = RewardTracker(num_domains, self.config.reward_smoothing)
         seeds = np.random.SeedSequence(setting.seed).generate_state(3).tolist()
@@ -70,6 +70,11 @@ class AcodmPolicy(Policy):
         self._explores = True  # no more when that is over, also if the run is then made longer
         self._previous: Tensor | None = None
         self._figures: dict[str, float] = {}  # of the last update and the last action
+
+    @classmethod
+    def compares_gradients(cls, config: MixingConfig) -> bool:
+        """Unless losses are its rewards."""
+        return config.agent.reward == "alignment"
 
     def decide(self, observation: Observation) -> np.ndarray:
         """Learn from one step; weights [K] for the next undecided one."""

@@ -126,10 +126,8 @@ class DDPGAgent:
             self.actor = Learner(Actor(*shape, prior, bounds), config.actor_lr)
             self.critic = Learner(Critic(*shape, len(prior)), config.critic_lr)
         gamma = config.gamma
-        self._largest_future = (
-            gamma * REWARD_CLIP / (1.0 - gamma) if gamma < 1.0 else math.inf
-        )  # what clipped rewards can add up to
-        self._largest_loss = 4.0 * (REWARD_CLIP**2 + self._largest_future**2)  # twice as far off
+        # What clipped rewards can add up to.
+        self._largest_future = gamma * REWARD_CLIP / (1.0 - gamma) if gamma < 1.0 else math.inf
 
     def act(self, state: Tensor) -> np.ndarray:
         """The actor's mixture [K] float64 for a standardised ``state`` [S]."""
@@ -153,12 +151,8 @@ class DDPGAgent:
         """
         actor, critic = self.actor.network, self.critic.network
         future = self.future_target(batch)
-        critic_loss, gradients = critic.loss(batch.states, batch.weights, batch.rewards, future)
-        if not critic_loss <= self._largest_loss:
-            self.critic.restart_from_target(
-                f"its loss is {critic_loss:.4g}, more than twice the largest rewards can explain "
-                f"({self._largest_loss:.4g})"
-            )
+        losses, gradients = critic.loss(batch.states, batch.weights, batch.rewards, future)
+        self._check_range(losses, batch, future)
         self.critic.descend(gradients)
         self.critic.follow(self.config.tau)
         mixtures, trace = actor.trace(batch.states)
@@ -166,7 +160,25 @@ class DDPGAgent:
         pull = self.config.prior_strength * actor.log_ratio(mixtures)
         self.actor.descend(actor.gradients(trace, (pull - slope) / len(slope)))
         self.actor.follow(self.config.tau)
-        return Losses(critic_loss, value.mean().item())
+        return Losses(sum(losses), value.mean().item())
+
+    def _check_range(self, losses: tuple[float, float], batch: Transitions, future: Tensor) -> None:
+        """Put back a critic that is further off than any value within its range could be."""
+        most = (REWARD_CLIP, max(REWARD_CLIP, self._largest_future))
+        largest = tuple(4.0 * value**2 for value in most)
+
+        def is_within(losses: tuple[float, float]) -> bool:
+            return all(loss <= limit for loss, limit in zip(losses, largest, strict=True))
+
+        if is_within(losses):
+            return
+        target = self.critic.target
+        if not is_within(target.loss(batch.states, batch.weights, batch.rewards, future)[0]):
+            target.forget()
+        self.critic.restart_from_target(
+            "its losses of rewards and of what follows are {:.4g} and {:.4g}, where values within "
+            "range give {:.4g} and {:.4g} at most".format(*losses, *largest)
+        )
 
     def future_target(self, batch: Transitions) -> Tensor:
         """What follows, gamma Q'(s', mu'(s')) [B]; with the rewards, Q regresses r + this.

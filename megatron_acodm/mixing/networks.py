@@ -60,6 +60,12 @@ class MLP(nn.Sequential):
         """Outputs [..., O] for ``inputs`` [..., I]."""
         return self.trace(inputs)[0]
 
+    def silence(self) -> None:
+        """Answer 0 to everything."""
+        head = self._layers[1]
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+
     def trace(self, inputs: Tensor) -> tuple[Tensor, list[_HiddenLayer]]:
         """Outputs [..., O] for ``inputs`` [..., I], and what the gradients below need of them."""
         pairs, head = self._layers
@@ -232,18 +238,24 @@ class Critic(nn.Module):
 
     def loss(
         self, states: Tensor, weights: Tensor, rewards: Tensor, future: Tensor
-    ) -> tuple[float, list[Tensor]]:
+    ) -> tuple[tuple[float, float], list[Tensor]]:
         """How far it is from ``rewards`` [N, K] and from what follows, ``future`` [N].
 
         Returns:
-            The mean squared error over all rewards plus that over what follows, and its gradients.
+            The mean squared errors over all rewards and over what follows, and their sum's
+            gradients.
         """
         output, hidden = self.net.trace(self._inputs(states, weights))
         error = output - torch.cat([rewards, future.unsqueeze(-1)], dim=-1)
         gradient = error * (2.0 / len(error))
         gradient[:, :-1] /= self.num_domains
-        loss = 0.5 * (error * gradient).sum().item()
-        return loss, self.net.parameter_gradients(hidden, gradient)
+        squares = 0.5 * (error * gradient).sum(dim=0)
+        losses = (squares[:-1].sum().item(), squares[-1].item())
+        return losses, self.net.parameter_gradients(hidden, gradient)
+
+    def forget(self) -> None:
+        """Value everything at 0, as in the beginning."""
+        self.net.silence()
 
     def slope(self, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Q [N], and its gradient by the ``weights``, [N, K]."""

@@ -84,6 +84,11 @@ class Policy(ABC):
     def __init__(self, config: MixingConfig, setting: Setting) -> None:
         """Raises ValueError if the config does not fit the setting."""
 
+    @classmethod
+    def compares_gradients(cls, config: MixingConfig) -> bool:
+        """Whether one that is built so needs alignments; known before there is data."""
+        return cls.needs_alignment
+
     @abstractmethod
     def decide(self, observation: Observation) -> np.ndarray:
         """Weights [K] float64, within ``bounds``, for the next stage that is not decided yet."""

@@ -62,7 +62,7 @@ class RewardTracker:
         known = ~np.isnan(self.rewards)
         share = weights[known].sum()
         if not share > 0.0:
-            raise ValueError("no domain with a positive weight has a measured alignment yet")
+            raise ValueError("no domain with a positive weight has been measured yet")
         self.scalar = float(weights[known] @ self.rewards[known] / share)
         self._update_moments(alignment, np.where(measured, weights, 0.0))
         return torch.from_numpy(np.where(known, self.rewards, self.scalar)).float()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -12,6 +14,8 @@ from megatron_acodm.config import MixingConfig
 from megatron_acodm.mixing.observation import Observation
 from megatron_acodm.mixing.policy import Policy, Setting
 from megatron_acodm.mixing.simplex import Bounds, natural_weights
+
+logger = logging.getLogger(__name__)
 
 
 class StaticPolicy(Policy):
@@ -64,7 +68,7 @@ def _given_weights(given: dict[str, float], setting: Setting, source: str | None
 def _by_domain(weights: dict[str, float], domains: Sequence[str]) -> dict[str, float]:
     """``weights`` by the run's names of their domains; names that fit none stay.
 
-    A name may differ in case and in what is neither letter nor digit: the Pile's "NIH ExPorter" is
+    A name may differ in case and in what stands between its words: the Pile's "NIH ExPorter" is
     "train_the_pile_nih_exporter" in RegMix's files.
     """
     spellings: dict[str, list[str]] = {}
@@ -74,6 +78,8 @@ def _by_domain(weights: dict[str, float], domains: Sequence[str]) -> dict[str, f
     for given, weight in weights.items():
         fitting = spellings.get(_spelling(given), [])
         name = fitting[0] if len(fitting) == 1 and given not in domains else given
+        if name != given:
+            logger.info("mixing.weights: %r is taken for domain %r", given, name)
         if name in found or (name != given and name in weights):
             raise ValueError(f"mixing.weights has domain {name!r} twice, also as {given!r}")
         found[name] = weight
@@ -81,4 +87,5 @@ def _by_domain(weights: dict[str, float], domains: Sequence[str]) -> dict[str, f
 
 
 def _spelling(name: str) -> str:
-    return "".join(filter(str.isalnum, name.removeprefix("train_the_pile_").casefold()))
+    words = re.sub(r"[^\w+#]|_", " ", name.removeprefix("train_the_pile_").casefold())
+    return " ".join(words.split()) or name

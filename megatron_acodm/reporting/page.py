@@ -80,7 +80,8 @@ def _plots(run: Run) -> list[tuple[str, str, str]]:
         ),
         _domain_plot(
             run, "Rewards", run.rewards, static,
-            "Smoothed alignment of each domain’s gradient with what the policy is to lower.",
+            "What each domain is drawn for, smoothed: the alignment of its gradient with what the "
+            "policy is to lower, or its loss.",
             scale="asinh",
         ),
         _domain_plot(

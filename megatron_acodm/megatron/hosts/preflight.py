@@ -177,8 +177,10 @@ class Plan:
         return "\n".join(lines)
 
     def _objective(self) -> str:
-        is_agent = self.config.mixing.policy == "acodm"
-        return f", objective {self.config.mixing.agent.objective}" if is_agent else ""
+        agent = self.config.mixing.agent
+        if self.config.mixing.policy != "acodm":
+            return ""
+        return f", objective {agent.objective}, reward {agent.reward}"
 
     def _cost(self) -> str:
         if not self.decisions.needs_alignment:

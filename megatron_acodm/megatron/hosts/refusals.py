@@ -106,7 +106,9 @@ def unsupported(
         name_of: what the host's user calls an argument.
     """
     policy = None if config is None else POLICIES[config.mixing.policy]
-    compares = policy is not None and policy.needs_alignment
+    compares = (
+        config is not None and policy is not None and policy.compares_gradients(config.mixing)
+    )
     names = _Names(name_of)
     found = [
         f"{name_of(name)} is {getattr(args, name)!r}: {reason}; {remedy.format_map(names)}"
