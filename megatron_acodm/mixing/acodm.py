@@ -179,12 +179,8 @@ class AcodmPolicy(Policy):
     def _sample(self) -> Transitions:
         """A replay batch on the scales of today."""
         raw = self.replay.sample(self.config.replay_batch_size)
-        return Transitions(
-            self.encoder.standardize(raw.states),
-            raw.weights,
-            self.reward.standardize(raw.rewards),
-            self.encoder.standardize(raw.next_states),
-        )
+        states = self.encoder.standardize(torch.stack([raw.states, raw.next_states]))
+        return Transitions(states[0], raw.weights, self.reward.standardize(raw.rewards), states[1])
 
 
 def _clipped_share(bounds: Bounds, point: np.ndarray, projected: np.ndarray) -> float:

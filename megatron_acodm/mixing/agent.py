@@ -9,7 +9,6 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from megatron_acodm.config import AgentConfig
 from megatron_acodm.mixing.networks import Actor, Critic
@@ -47,10 +46,11 @@ class Learner(Generic[Network]):
         if not math.isfinite(squares):
             self.restart_from_target(f"the squared norm of its gradient is {squares:.4g}")
         averages, square_averages = self._moments["exp_avg"], self._moments["exp_avg_sq"]
-        adam(
-            self._parameters, gradients, averages, square_averages, [], self._moments["step"],
-            fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0.0,
-            eps=1e-8, maximize=False,
+        steps = self._moments["step"]
+        torch._foreach_add_(steps, 1.0)
+        torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls
+            self._parameters, gradients, averages, square_averages, [], steps, lr=self.lr,
+            beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 
     def restart_from_target(self, reason: str) -> NoReturn:

@@ -21,8 +21,10 @@ must not be blown up to unit variance."""
 class RunningMoments:
     """Mean and variance of vectors, averaged with polynomial decay (Shamir & Zhang 2013)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, as_they_are: int = 0) -> None:
+        """The last ``as_they_are`` features have a scale already: they are but clipped."""
         self.count = 0
+        self._scaled = size - as_they_are
         self.mean = np.zeros(size)
         self.variance = np.zeros(size)
         self._refresh()
@@ -74,5 +76,6 @@ class RunningMoments:
     def _refresh(self) -> None:
         spread = np.maximum(np.sqrt(self.variance), 1e-30)
         spread = np.maximum(spread, _MIN_RELATIVE_SPREAD * np.abs(self.mean))
-        self._shift = torch.from_numpy(self.mean.astype(np.float32))
-        self._inverse_spread = torch.from_numpy((1.0 / spread).astype(np.float32))
+        shift, inverse = self.mean.astype(np.float32), (1.0 / spread).astype(np.float32)
+        shift[self._scaled :], inverse[self._scaled :] = 0.0, 1.0
+        self._shift, self._inverse_spread = torch.from_numpy(shift), torch.from_numpy(inverse)

@@ -225,11 +225,16 @@ class Critic(nn.Module):
     anywhere before it has learned.
     """
 
+    _shares: Tensor
+
     def __init__(
         self, state_size: int, hidden_size: int, num_layers: int, num_domains: int
     ) -> None:
         super().__init__()
         self.num_domains = num_domains
+        shares = torch.full([num_domains + 1], 1.0 / num_domains)
+        shares[-1] = 1.0
+        self.register_buffer("_shares", shares, persistent=False)  # of errors in the loss
         self.net = MLP(state_size + num_domains, hidden_size, num_layers, num_domains + 1, 0.0)
 
     def forward(self, states: Tensor, weights: Tensor) -> Tensor:
@@ -247,10 +252,9 @@ class Critic(nn.Module):
         """
         output, hidden = self.net.trace(self._inputs(states, weights))
         error = output - torch.cat([rewards, future.unsqueeze(-1)], dim=-1)
-        gradient = error * (2.0 / len(error))
-        gradient[:, :-1] /= self.num_domains
-        squares = 0.5 * (error * gradient).sum(dim=0)
-        losses = (squares[:-1].sum().item(), squares[-1].item())
+        *of_rewards, of_future = error.square().mean(dim=0).tolist()
+        gradient = error * (2.0 / len(error) * self._shares)
+        losses = (sum(of_rewards) / self.num_domains, of_future)
         return losses, self.net.parameter_gradients(hidden, gradient)
 
     def forget(self) -> None:

@@ -38,7 +38,7 @@ class StateEncoder:
         self.num_domains = num_domains
         self.num_probes = num_probes
         self.size = state_size(num_domains, num_probes)
-        self.moments = RunningMoments(self.size)
+        self.moments = RunningMoments(self.size, as_they_are=1)
         self._loss = np.full(num_domains, np.nan)
         self._slope = np.zeros(num_domains)
         self._seen_at = np.zeros(num_domains, dtype=np.int64)
@@ -63,9 +63,7 @@ class StateEncoder:
 
     def standardize(self, states: Tensor) -> Tensor:
         """Raw ``states`` [..., 3K + 2D + 1] on the scale the networks see, clipped."""
-        scaled = self.moments.standardize(states, _CLIP)
-        scaled[..., -1] = states[..., -1]
-        return scaled
+        return self.moments.standardize(states, _CLIP)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""
